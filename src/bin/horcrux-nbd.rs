@@ -1,0 +1,3 @@
+//! `horcrux-nbd`: serves volumes as NBD exports.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! `horcrux-cli`: makes and versions images and volumes.
+
+fn main() {}
