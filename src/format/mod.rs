@@ -4,6 +4,7 @@
 //! wrong. Invariant: no input makes these functions panic or allocate more than a small multiple of its own length.
 
 pub mod chunk;
+pub mod delta;
 pub mod ids;
 
 pub use chunk::{ChunkSize, VerifiedChunk};
