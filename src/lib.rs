@@ -4,5 +4,6 @@
 //! `nbd` (server shell) > `volume` > `device` > `delta`, `cache` > `repo` > `store` > `format` > `units`;
 //! `image` makes images and stands on `repo`.
 
+pub mod cache;
 pub mod format;
 pub mod units;
