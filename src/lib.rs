@@ -4,6 +4,7 @@
 //! `nbd` (server shell) > `volume` > `device` > `delta`, `cache` > `repo` > `store` > `format` > `units`;
 //! `image` makes images and stands on `repo`.
 
+pub mod cache;
 pub mod delta;
 pub mod format;
 pub mod units;

@@ -3,6 +3,7 @@
 //! Enters: bytes from anywhere, not trusted. Leaves: values whose invariants hold, or a [`FormatError`] that says which field is
 //! wrong. Invariant: no input makes these functions panic or allocate more than a small multiple of its own length.
 
+pub mod cache_index;
 pub mod chunk;
 pub mod delta;
 pub mod ids;
