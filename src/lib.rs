@@ -6,5 +6,7 @@
 
 pub mod cache;
 pub mod delta;
+pub mod device;
 pub mod format;
+pub mod lock;
 pub mod units;
