@@ -1,8 +1,11 @@
 //! Horcrux: git for data volumes, on plain storage.
 //!
 //! The layers, each importing only what is below it (see ARCHITECTURE.md):
-//! `nbd` (server shell) > `volume` > `device` > `delta`, `cache` > `repo` > `store` > `format` > `units`;
+//! `nbd` (server shell) > `volume` > `device` > `delta`, `cache` > `repo` > `store` > `durable`, `format` > `units`;
 //! `image` makes images and stands on `repo`.
 
+pub mod durable;
 pub mod format;
+pub mod repo;
+pub mod store;
 pub mod units;
