@@ -69,7 +69,7 @@ impl Key {
     }
 
     /// Its segments.
-    pub fn segments(&self) -> impl Iterator<Item = &str> {
+    pub fn segments(&self) -> impl DoubleEndedIterator<Item = &str> {
         self.0.split('/')
     }
 }
