@@ -3,12 +3,21 @@
 //! Enters: bytes from anywhere, not trusted. Leaves: values whose invariants hold, or a [`FormatError`] that says which field is
 //! wrong. Invariant: no input makes these functions panic or allocate more than a small multiple of its own length.
 
+pub mod base_object;
 pub mod cache_index;
 pub mod chunk;
+pub mod chunk_table;
+pub mod commit;
 pub mod delta;
 pub mod ids;
+pub mod map_node;
+pub mod refs;
+pub mod repository;
+pub mod text;
 
 pub use chunk::{ChunkSize, VerifiedChunk};
+pub use chunk_table::{ChunkEntry, ChunkLocation, ChunkTable, Codec};
+pub use commit::{BlockSize, Commit, Filesystem, MapRoot, Timestamp};
 pub use ids::{ChunkId, CommitId, NodeId, ObjectId, TableId};
 
 /// What is wrong with some bytes that should have been one of the formats.
