@@ -3,6 +3,7 @@
 //! The layers, each importing only what is below it (see ARCHITECTURE.md):
 //! `nbd` (server shell) > `volume` > `device` > `delta`, `cache` > `repo` > `store` > `durable`, `format` > `units`;
 //! `image` makes images and stands on `repo`.
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod cache;
 pub mod delta;

@@ -9,6 +9,7 @@
 //!
 //! The specification is `doc/proto.md` of NetworkBlockDevice/nbd; its names are kept, and PROTOCOL.md says which of its
 //! parts are here.
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
 #![forbid(unsafe_code)]
 
 mod bytes;

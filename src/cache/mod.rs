@@ -40,6 +40,7 @@ pub use stats::CacheStats;
 
 use crate::format::cache_index::{MAX_SLAB_LOG2, MIN_SLAB_LOG2};
 use crate::format::{ChunkId, ChunkSize, VerifiedChunk};
+use crate::repo::MetaCache;
 use crate::units::ByteLen;
 use blobs::Blobs;
 use index::{Found, Index, Place, Shard};
@@ -232,6 +233,17 @@ impl Cache {
             count(&self.inner.counters.heap_fallbacks, 1);
         }
         ChunkRef::heap(content)
+    }
+}
+
+/// Opened versions keep their map nodes and chunk tables here, so that they open again with the repository away.
+impl MetaCache for Cache {
+    fn get(&self, hash: &[u8; 32]) -> Option<Bytes> {
+        self.blob(hash)
+    }
+
+    fn put(&self, hash: &[u8; 32], bytes: &[u8]) {
+        self.put_blob(hash, bytes);
     }
 }
 

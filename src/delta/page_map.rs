@@ -117,7 +117,7 @@ impl PageMap {
     /// Everything but base, by runs in ascending order, as records that make this map from an empty one.
     pub fn records(&self) -> impl Iterator<Item = Record> + '_ {
         let mut at = 0;
-        let mut next = move || {
+        let next = move || {
             while at < self.pages {
                 let first = PageIndex(at);
                 let (state, len) = self.run(first, self.pages - at);
@@ -139,7 +139,7 @@ impl PageMap {
             }
             None
         };
-        std::iter::from_fn(move || next())
+        std::iter::from_fn(next)
     }
 }
 

@@ -9,7 +9,7 @@ use crate::cache::{Cache, ChunkRef, Claim, FetchError, Flight, Settled};
 use crate::format::commit::BlockSize;
 use crate::format::{ChunkLocation, ChunkTable};
 use crate::repo::{RepoError, Version};
-use crate::units::{BlockIndex, ByteLen, ByteOffset, ByteRange, ChunkIndex};
+use crate::units::{BlockIndex, ByteOffset, ByteRange, ChunkIndex};
 
 /// Chunks asked of the repository at a time when a range is fetched ahead of its use.
 const PREFETCH_CHUNKS: usize = 64;
@@ -120,7 +120,8 @@ impl Base {
     /// Where a chunk is stored, by its block's table; `None` where it is zeros.
     #[inline]
     pub fn location(&self, table: Option<&ChunkTable>, chunk: ChunkIndex) -> Option<ChunkLocation> {
-        table?.location((chunk.0 % self.chunks_of_a_block()) as u16)
+        let table = table?;
+        table.entry((chunk.0 % self.chunks_of_a_block()) as u32).map(|entry| table.location(entry))
     }
 
     /// Whether a chunk can be had without the repository.
@@ -129,10 +130,7 @@ impl Base {
     }
 
     async fn table(&self, block: BlockIndex) -> Result<Option<Arc<ChunkTable>>, BaseError> {
-        self.version
-            .table(block)
-            .await
-            .map_err(|source| BaseError::Map { block, source: Arc::new(source) })
+        self.version.table(block).await.map_err(|source| BaseError::Map { block, source: Arc::new(source) })
     }
 
     /// The table of the block a byte is in; the byte must be inside the commit.
@@ -159,7 +157,8 @@ impl Base {
     pub async fn fetch(&self, chunks: &[ChunkIndex], fetched: &mut Fetched) -> Result<(), BaseError> {
         let mut wanted = Vec::with_capacity(chunks.len());
         for &chunk in chunks {
-            let table = if self.is_past_the_end(chunk) { None } else { self.table(self.block_of(chunk)).await? };
+            let table =
+                if self.is_past_the_end(chunk) { None } else { self.table(self.block_of(chunk)).await? };
             match self.location(table.as_deref(), chunk) {
                 None => fetched.push((chunk, None)),
                 Some(location) => wanted.push((chunk, location)),
@@ -185,7 +184,11 @@ impl Base {
     }
 
     /// Brings chunks that were in the cache's memory back into it, checked again, and appends them to `fetched`.
-    pub async fn wake(&self, asleep: Vec<(ChunkIndex, ChunkRef)>, fetched: &mut Fetched) -> Result<(), BaseError> {
+    pub async fn wake(
+        &self,
+        asleep: Vec<(ChunkIndex, ChunkRef)>,
+        fetched: &mut Fetched,
+    ) -> Result<(), BaseError> {
         for (chunk, here) in asleep {
             match self.cache.reload(here).await? {
                 Settled::Ready(here) => fetched.push((chunk, Some(here))),

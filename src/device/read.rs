@@ -97,7 +97,7 @@ impl Device {
             let work = move || {
                 let (mut pieces, mut lacking) = (Vec::new(), Lacking::default());
                 device.pass(range, &fetched, true, &mut pieces, &mut lacking)?;
-                Ok((pieces, lacking, fetched))
+                Ok::<_, DeviceError>((pieces, lacking, fetched))
             };
             let (found, lacking, kept) =
                 tokio::task::spawn_blocking(work).await.map_err(|_| DeviceError::Stopped)??;

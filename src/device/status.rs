@@ -55,11 +55,16 @@ impl<T: PartialEq> Extents<T> {
 
     /// Adds an extent; `false` when there is no place for it.
     fn push(&mut self, len: u64, state: T) -> bool {
-        match self.found.last_mut() {
-            Some(last) if last.state == state => last.len.0 += len,
-            _ if self.found.len() == self.most => return false,
-            _ => self.found.push(Extent { len: ByteLen(len), state }),
+        if let Some(last) = self.found.last_mut()
+            && last.state == state
+        {
+            last.len.0 += len;
+            return true;
         }
+        if self.found.len() == self.most {
+            return false;
+        }
+        self.found.push(Extent { len: ByteLen(len), state });
         true
     }
 }

@@ -83,7 +83,10 @@ mod tests {
         let stripes = Stripes::new();
         assert_eq!(stripes.try_hold(range(4096, 2 << 40)).unwrap().len(), STRIPES as usize);
         assert_eq!(stripes.try_hold(range(0, STRIPES * STRIPE_BYTES)).unwrap().len(), STRIPES as usize);
-        assert_eq!(stripes.try_hold(range(100, (STRIPES - 1) * STRIPE_BYTES)).unwrap().len(), STRIPES as usize);
+        assert_eq!(
+            stripes.try_hold(range(100, (STRIPES - 1) * STRIPE_BYTES)).unwrap().len(),
+            STRIPES as usize
+        );
     }
 
     #[test]

@@ -86,7 +86,12 @@ impl Device {
     }
 
     /// Writes `bytes` at `at`, waiting for what must be waited for.
-    pub async fn write(self: &Arc<Self>, fence: &Fence, at: ByteOffset, bytes: Bytes) -> Result<(), DeviceError> {
+    pub async fn write(
+        self: &Arc<Self>,
+        fence: &Fence,
+        at: ByteOffset,
+        bytes: Bytes,
+    ) -> Result<(), DeviceError> {
         let range = byte_range(at, bytes.len() as u64, self.size)?;
         self.change(fence, range, &Content::Bytes(&bytes)).await
     }
@@ -102,7 +107,11 @@ impl Device {
     }
 
     /// Makes a range read as zeros that take space. Costs what writing them would.
-    pub async fn zero_allocated(self: &Arc<Self>, fence: &Fence, range: ByteRange) -> Result<(), DeviceError> {
+    pub async fn zero_allocated(
+        self: &Arc<Self>,
+        fence: &Fence,
+        range: ByteRange,
+    ) -> Result<(), DeviceError> {
         self.writable(range)?;
         let zeros = Bytes::from(vec![0; ZERO_PIECE.min(range.len().0) as usize]);
         let mut at = range.start;

@@ -63,9 +63,16 @@ pub enum End {
 enum Receiving {
     Header,
     /// The payload of a valid request; `buffer` has room for all of it.
-    Payload { request: Request, buffer: BytesMut },
+    Payload {
+        request: Request,
+        buffer: BytesMut,
+    },
     /// The payload of a refused one.
-    Drain { request: Request, errno: Errno, left: usize },
+    Drain {
+        request: Request,
+        errno: Errno,
+        left: usize,
+    },
 }
 
 struct Finished {
@@ -337,5 +344,8 @@ impl Connection {
 }
 
 fn is_gone(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted)
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted
+    )
 }

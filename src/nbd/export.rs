@@ -87,7 +87,13 @@ impl Export {
     }
 
     /// Logs a failed request, at most one a second: a disk that is gone fails thousands.
-    pub(super) fn log_failure(&self, command: nbd_proto::Command, offset: u64, length: u64, error: &DeviceError) {
+    pub(super) fn log_failure(
+        &self,
+        command: nbd_proto::Command,
+        offset: u64,
+        length: u64,
+        error: &DeviceError,
+    ) {
         let now_ms = self.opened.elapsed().as_millis() as u64 + 1;
         let last_ms = self.last_failure_ms.load(Ordering::Relaxed);
         if last_ms != 0 && now_ms < last_ms + 1000 {

@@ -130,7 +130,9 @@ impl Accepted {
     pub fn describe(&self) -> String {
         match self {
             Accepted::Unix(_) => "unix".to_owned(),
-            Accepted::Tcp(stream) => stream.peer_addr().map_or_else(|_| "tcp".to_owned(), |address| address.to_string()),
+            Accepted::Tcp(stream) => {
+                stream.peer_addr().map_or_else(|_| "tcp".to_owned(), |address| address.to_string())
+            }
         }
     }
 }

@@ -58,8 +58,12 @@ impl Output {
     #[inline]
     pub fn push(&mut self, piece: Piece) {
         match piece {
-            Piece::Chunk(slice) if slice.len() > COPY_MAX => self.push_segment(slice.len() as u64, Segment::Chunk(slice)),
-            Piece::Bytes(bytes) if bytes.len() > COPY_MAX => self.push_segment(bytes.len() as u64, Segment::Bytes(bytes)),
+            Piece::Chunk(slice) if slice.len() > COPY_MAX => {
+                self.push_segment(slice.len() as u64, Segment::Chunk(slice))
+            }
+            Piece::Bytes(bytes) if bytes.len() > COPY_MAX => {
+                self.push_segment(bytes.len() as u64, Segment::Bytes(bytes))
+            }
             Piece::Zero(len) if len.0 > COPY_MAX as u64 => self.push_segment(len.0, Segment::Zero(len.0)),
             Piece::Chunk(slice) => self.append(|buffer| buffer.extend_from_slice(&slice)),
             Piece::Bytes(bytes) => self.append(|buffer| buffer.extend_from_slice(&bytes)),

@@ -54,8 +54,10 @@ impl Peers {
         }
         let others: Vec<Arc<Peer>> =
             self.all.lock().iter().filter(|peer| !Arc::ptr_eq(peer, me)).cloned().collect();
-        let mut asked: Vec<PollFd<'_>> =
-            others.iter().map(|peer| PollFd::from_borrowed_fd(peer.socket.as_fd(), PollFlags::RDHUP)).collect();
+        let mut asked: Vec<PollFd<'_>> = others
+            .iter()
+            .map(|peer| PollFd::from_borrowed_fd(peer.socket.as_fd(), PollFlags::RDHUP))
+            .collect();
         // Zero time: it only asks. If it fails, nothing is known of anybody, and all others are taken for dead rather than trusted.
         let known = poll(&mut asked, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok();
         let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;

@@ -197,4 +197,3 @@ pub fn weight(request: &Request) -> u64 {
         _ => u64::from(request.payload),
     }
 }
-

@@ -155,7 +155,9 @@ fn serve(accepted: Accepted, exports: &Exports, shared: Handle, stop: Cancellati
         let chosen = match chosen {
             Ok(Some(chosen)) => chosen,
             Ok(None) => return,
-            Err(HandshakeError::Io(error)) => return tracing::debug!(client, %error, "connection lost in the handshake"),
+            Err(HandshakeError::Io(error)) => {
+                return tracing::debug!(client, %error, "connection lost in the handshake");
+            }
             Err(error) => return tracing::warn!(client, %error, "handshake failed"),
         };
         let export = chosen.export.name().to_owned();

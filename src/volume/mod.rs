@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 pub use error::VolumeError;
 pub use record::{RECORD_FILE, VolumeRecord};
-pub use state_dir::StateDir;
+pub use state_dir::{StateDir, default_state_dir};
 
 use crate::cache::Cache;
 use crate::delta::disk::OsDir;
@@ -89,7 +89,8 @@ impl Volume {
             let (name, record, is_new) = (name.clone(), record.clone(), recorded.is_none());
             move || open_delta(&dir, &name, &record, is_new)
         };
-        let (lock, delta) = tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
+        let (lock, delta) =
+            tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
         let device = Device::new(base, Some(delta), record.size);
         let device = Arc::new(if read_only { device.into_read_only() } else { device });
         Ok(Volume { name, record, device, newer, _lock: Some(lock) })
@@ -141,7 +142,8 @@ fn open_delta(
         record.store(dir)?;
         vec![Arc::new(layer)]
     } else {
-        let open = |layer: &String| Layer::open(Box::new(OsDir::new(&layer_dir(layer))), &identity).map(Arc::new);
+        let open =
+            |layer: &String| Layer::open(Box::new(OsDir::new(&layer_dir(layer))), &identity).map(Arc::new);
         record.layers.iter().map(open).collect::<Result<Vec<_>, _>>()?
     };
     Ok((lock, Delta::new(layers)))

@@ -97,7 +97,12 @@ impl VolumeRecord {
     }
 
     /// Refuses a volume of another version than the one asked for.
-    pub(super) fn check_base(&self, volume: &str, reference: &Reference, asked: CommitId) -> Result<(), VolumeError> {
+    pub(super) fn check_base(
+        &self,
+        volume: &str,
+        reference: &Reference,
+        asked: CommitId,
+    ) -> Result<(), VolumeError> {
         if self.commit == asked {
             return Ok(());
         }
@@ -115,7 +120,10 @@ impl VolumeRecord {
         let failed = |source| VolumeError::Io { action: "read", path: path.clone(), source };
         match std::fs::metadata(&path) {
             Ok(metadata) if metadata.len() > MAX_RECORD_LEN => {
-                return Err(VolumeError::Record { path, problem: "far too long for a volume record".to_owned() });
+                return Err(VolumeError::Record {
+                    path,
+                    problem: "far too long for a volume record".to_owned(),
+                });
             }
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -128,8 +136,11 @@ impl VolumeRecord {
     /// Writes the record in `dir`, durably.
     pub(super) fn store(&self, dir: &Path) -> Result<(), VolumeError> {
         let path = dir.join(RECORD_FILE);
-        crate::durable::replace_file(&path, self.encode().as_bytes())
-            .map_err(|source| VolumeError::Io { action: "write", path, source })
+        crate::durable::replace_file(&path, self.encode().as_bytes()).map_err(|source| VolumeError::Io {
+            action: "write",
+            path,
+            source,
+        })
     }
 
     fn encode(&self) -> String {

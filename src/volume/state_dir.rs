@@ -51,3 +51,13 @@ impl StateDir {
         self.root.join("volumes").join(volume)
     }
 }
+
+/// Where the state is kept unless the user says otherwise; `None` where a user has neither a state nor a home directory.
+pub fn default_state_dir() -> Option<PathBuf> {
+    if rustix::process::geteuid().is_root() {
+        return Some(PathBuf::from("/var/lib/horcrux"));
+    }
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let state_home = absolute("XDG_STATE_HOME").or_else(|| Some(absolute("HOME")?.join(".local/state")))?;
+    Some(state_home.join("horcrux"))
+}
