@@ -1,5 +1,7 @@
 //! kill -9 in mid-insert: what was cached is found again, nothing half written is served.
 
+#![allow(clippy::unwrap_used)]
+
 mod cache_common;
 
 use std::process::{Command, Stdio};

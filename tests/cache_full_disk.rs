@@ -1,5 +1,7 @@
 //! A full disk: no SIGBUS, no error, only more fetches. On a small tmpfs of its own, so it needs root; in CI it must run.
 
+#![allow(clippy::unwrap_used)]
+
 mod cache_common;
 
 use std::fs::{self, File};

@@ -1,5 +1,7 @@
 //! What the index costs: a million chunks in under 100 MB of memory, and how long it takes to find them at start.
 
+#![allow(clippy::unwrap_used)]
+
 mod cache_common;
 
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -6,7 +6,6 @@
 
 use std::error::Error;
 use std::future::Future;
-use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -175,7 +174,7 @@ impl Cache {
                 }
                 let (flight, receiver) = self.take_off(&mut shard, id);
                 drop(shard);
-                spawn_blocking(move || flight.verify(chunk));
+                self.spawn_check(flight, chunk);
                 Claim::Pending(Pending { cache: self.clone(), id: *id, receiver })
             }
             Found::Nothing => {
@@ -186,6 +185,21 @@ impl Cache {
                 Claim::Missing(self.take_off(&mut shard, id).0)
             }
         }
+    }
+
+    /// Has a chunk checked on a blocking thread; without a runtime the caller is one.
+    fn spawn_check(&self, flight: Flight, chunk: ChunkRef) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return flight.verify(chunk) };
+        let checks = self.checks.clone();
+        runtime.spawn(async move {
+            let permit = checks.acquire_owned().await;
+            let check = tokio::task::spawn_blocking(move || {
+                flight.verify(chunk);
+                drop(permit);
+            });
+            // Its result goes to those who wait.
+            drop(check);
+        });
     }
 
     fn join(self: &Arc<Self>, shard: &mut Shard, id: &ChunkId) -> Option<Pending> {
@@ -309,14 +323,5 @@ impl Flight {
         if let Err(error) = slab.clear_record(slot) {
             tracing::warn!(slab = slab.number, slot, %error, "can't mark the cache slot free");
         }
-        mem::drop(chunk);
-    }
-}
-
-/// Runs `work` on a blocking thread; without a runtime the caller is one.
-fn spawn_blocking(work: impl FnOnce() + Send + 'static) {
-    match tokio::runtime::Handle::try_current() {
-        Ok(runtime) => drop(runtime.spawn_blocking(work)),
-        Err(_) => work(),
     }
 }

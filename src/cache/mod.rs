@@ -19,6 +19,7 @@ mod error;
 mod flight;
 mod index;
 mod lock;
+mod queue;
 mod slab;
 mod stats;
 mod writer;
@@ -44,7 +45,8 @@ use crate::units::ByteLen;
 use blobs::Blobs;
 use index::{Found, Index, Place, Shard};
 use lock::DirLock;
-use slab::Slab;
+use queue::Queue;
+use slab::{Opened, Slab};
 use stats::{Counters, count, value};
 use writer::{Books, Job, Writer};
 
@@ -59,12 +61,12 @@ const MAX_BLOB_SHARE: u64 = 1 << 30;
 /// Unless told otherwise the cache leaves 1/20 of the filesystem to others, at most this much: deltas may live there, and a full disk hurts them more.
 const MAX_KEEP_FREE: u64 = 1 << 30;
 const KEEP_FREE: u64 = 20;
-/// The write queue is counted in units of the smallest chunk.
-const QUEUE_UNIT: usize = 1 << ChunkSize::MIN_LOG2;
-/// The write queue: 64 MiB of chunks on their way to the disk.
-const QUEUE_UNITS: usize = 1024;
-/// What [`Cache::room`] waits for.
-const ROOM_UNITS: u32 = QUEUE_UNITS as u32 / 4;
+/// The write queue: chunks in memory on their way to the disk.
+const QUEUE_BYTES: usize = 64 << 20;
+/// [`Cache::room`] waits until the queue has come down to this.
+const QUEUE_HAS_ROOM: usize = QUEUE_BYTES / 4 * 3;
+/// Chunks that are being read and checked at one time; each takes a buffer of its size.
+const MAX_CHECKS: usize = 16;
 
 /// How a cache is to be.
 #[derive(Clone, Copy, Debug)]
@@ -93,8 +95,10 @@ pub struct Cache {
     inner: Arc<Inner>,
     blobs: Blobs,
     limit: ByteLen,
-    /// Free units of the write queue: the channel below has no bound of its own.
-    queue: Arc<Semaphore>,
+    /// The bound of the write queue: the channel below has none of its own.
+    queue: Queue,
+    /// The bound of checks at one time.
+    checks: Arc<Semaphore>,
     /// `Some` until dropped.
     jobs: Option<mpsc::Sender<Job>>,
     writer: Option<JoinHandle<()>>,
@@ -126,7 +130,7 @@ impl Cache {
             keep_free,
         });
         for (number, path) in slab_files(&slabs)? {
-            let Some((slab, ids)) = Slab::open(&path, number, lock.clone())? else {
+            let Opened::Slab(slab, ids) = Slab::open(&path, number, lock.clone())? else {
                 tracing::warn!(slab = %path.display(), "not a cache slab this build can use, thrown away");
                 count(&inner.counters.healed, 1);
                 fs::remove_file(&path).map_err(CacheError::io("delete", &path))?;
@@ -147,7 +151,8 @@ impl Cache {
             inner,
             blobs,
             limit,
-            queue: Arc::new(Semaphore::new(QUEUE_UNITS)),
+            queue: Queue::new(QUEUE_BYTES),
+            checks: Arc::new(Semaphore::new(MAX_CHECKS)),
             jobs: Some(jobs),
             writer: Some(thread),
         }))
@@ -174,13 +179,12 @@ impl Cache {
 
     /// Waits until the write queue has room again. Those who fetch much ask before they fetch, so that what they bring is kept.
     pub async fn room(&self) {
-        // The semaphore is never closed, and either way there is nothing to wait for.
-        let _ = self.queue.acquire_many(ROOM_UNITS).await;
+        self.queue.falls_to(QUEUE_HAS_ROOM).await;
     }
 
-    /// Waits until everything inserted so far is on its way to the disk (written, not synced).
+    /// Waits until everything inserted has been written (not synced). Under steady inserts this may be never: it is for shutting down and for tests.
     pub async fn written(&self) {
-        let _ = self.queue.acquire_many(QUEUE_UNITS as u32).await;
+        self.queue.falls_to(0).await;
     }
 
     /// The small object (chunk table, map node) of that BLAKE3, if it is here. Blocks on a file.
@@ -218,12 +222,10 @@ impl Cache {
     fn stage(&self, shard: &mut Shard, chunk: VerifiedChunk) -> ChunkRef {
         let content = chunk.content().clone();
         let size = ChunkSize::from_len(ByteLen(content.len() as u64));
-        let units = content.len().div_ceil(QUEUE_UNIT) as u32;
-        let permit = self.queue.clone().try_acquire_many_owned(units);
-        if let (Some(size), Ok(permit), Some(jobs)) = (size, permit, &self.jobs) {
+        if let (Some(size), Some(room), Some(jobs)) = (size, self.queue.enter(content.len()), &self.jobs) {
             shard.staged.insert(chunk.id(), content.clone());
             let id = chunk.id();
-            if jobs.send(Job { chunk, size, permit }).is_err() {
+            if jobs.send(Job { chunk, size, room }).is_err() {
                 // The writer thread is gone: it panicked. The cache serves what it has.
                 shard.staged.remove(&id);
                 count(&self.inner.counters.heap_fallbacks, 1);
@@ -236,7 +238,7 @@ impl Cache {
 }
 
 impl Drop for Cache {
-    /// Writes what is queued and gives up the directory, but for chunks still held: the lock goes with the last of them.
+    /// Writes what is queued (blocking for that long) and gives up the directory, but for chunks still held: the lock goes with the last of them.
     fn drop(&mut self) {
         drop(self.jobs.take());
         if let Some(writer) = self.writer.take()

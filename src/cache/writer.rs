@@ -15,11 +15,11 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 
 use rustix::io::Errno;
-use tokio::sync::OwnedSemaphorePermit;
 
 use super::Inner;
 use super::index::{Evicted, Place};
 use super::lock::DirLock;
+use super::queue::Room;
 use super::slab::{BAD, FILLED, PINS, Slab};
 use super::stats::{count, discount, value};
 use crate::format::cache_index::{MIN_SLAB_LOG2, SlabGeometry};
@@ -32,11 +32,11 @@ const SMALLER_SLABS: u8 = 4;
 /// A chunk size with less than 1/8 of the space may take a slab from another.
 const FAIR_SHARE: u64 = 8;
 
-/// A chunk to be written. The permit is its room in the queue: it goes back when the job is done.
+/// A chunk to be written. Its room in the queue is given back when the job is done.
 pub(super) struct Job {
     pub(super) chunk: VerifiedChunk,
     pub(super) size: ChunkSize,
-    pub(super) permit: OwnedSemaphorePermit,
+    pub(super) room: Room,
 }
 
 /// The slabs of one chunk size.
@@ -115,12 +115,12 @@ impl Writer {
 
     /// Writes until the senders are gone and the queue is empty.
     pub(super) fn run(mut self, jobs: Receiver<Job>) {
-        while let Ok(Job { chunk, size, permit }) = jobs.recv() {
+        while let Ok(Job { chunk, size, room }) = jobs.recv() {
             if !self.store(&chunk, size) {
                 count(&self.inner.counters.heap_fallbacks, 1);
                 self.inner.index.shard(&chunk.id()).staged.remove(&chunk.id());
             }
-            drop(permit);
+            drop(room);
         }
     }
 

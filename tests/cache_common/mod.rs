@@ -1,6 +1,6 @@
 //! Shared by the cache tests: chunks made from a number, a repeatable generator, caches in temporary directories.
 
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::path::Path;
 use std::sync::Arc;
