@@ -238,3 +238,63 @@ impl Index {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::lock::DirLock;
+    use super::*;
+    use crate::format::ChunkSize;
+    use crate::format::cache_index::SlabGeometry;
+
+    #[test]
+    fn a_pinned_chunk_stays_and_a_used_one_gets_one_more_round() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = Arc::new(DirLock::take(dir.path()).unwrap());
+        let size = ChunkSize::from_log2(20).unwrap();
+        let slab = Slab::create(dir.path(), 3, SlabGeometry::new(size, 22).unwrap(), lock).unwrap();
+        let content = vec![9; size.len()];
+        let (id, place) = (ChunkId::of(&content), Place { slab: 3, slot: 2 });
+        slab.fill(2, &id, &content).unwrap();
+        let slab = Arc::new(slab);
+        let index = Index::new();
+        index.add_slab(&slab);
+        let mut shard = index.shard(&id);
+        assert!(shard.enter(&id, place, true));
+        assert!(!shard.enter(&id, Place { slab: 3, slot: 0 }, true), "one chunk, one place");
+
+        let Found::Verified(held) = shard.find(&id) else { panic!("just entered") };
+        let second = held.clone();
+        assert_eq!(shard.evict(&id, place, false), Evicted::No);
+        drop(held);
+        assert_eq!(shard.evict(&id, place, false), Evicted::No, "a clone is a pin");
+        assert_eq!(*second, *content);
+        drop(second);
+        assert_eq!(shard.evict(&id, place, true), Evicted::No, "used since the hand passed");
+        assert_eq!(shard.evict(&id, place, true), Evicted::Yes);
+        assert_eq!(shard.evict(&id, place, true), Evicted::WasFree);
+        assert!(matches!(shard.find(&id), Found::Nothing));
+    }
+
+    #[test]
+    fn a_forgotten_chunk_is_not_found_but_its_slot_is_not_free_while_it_is_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = Arc::new(DirLock::take(dir.path()).unwrap());
+        let size = ChunkSize::from_log2(20).unwrap();
+        let slab = Arc::new(Slab::create(dir.path(), 0, SlabGeometry::new(size, 22).unwrap(), lock).unwrap());
+        let content = vec![7; size.len()];
+        let (id, place) = (ChunkId::of(&content), Place { slab: 0, slot: 1 });
+        slab.fill(1, &id, &content).unwrap();
+        let index = Index::new();
+        index.add_slab(&slab);
+        let mut shard = index.shard(&id);
+        assert!(shard.enter(&id, place, false));
+        let Found::Unverified(held) = shard.find(&id) else { panic!("entered unverified") };
+        assert!(!shard.forget(&id, 0, 2), "another slot");
+        assert!(shard.forget(&id, 0, 1));
+        assert!(!shard.forget(&id, 0, 1));
+        assert!(matches!(shard.find(&id), Found::Nothing));
+        assert_eq!(shard.evict(&id, place, false), Evicted::No);
+        drop(held);
+        assert_eq!(shard.evict(&id, place, false), Evicted::WasFree);
+    }
+}
