@@ -6,11 +6,13 @@ mod cache_common;
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
 use cache_common::{chunk, content, id, open, read, small};
 use horcrux::cache::{Cache, CacheOptions};
+use horcrux::format::cache_index::SlabGeometry;
 use horcrux::units::ByteLen;
 
 /// A mounted tmpfs, unmounted when dropped.
@@ -117,4 +119,36 @@ async fn the_cache_leaves_to_others_what_it_was_told_to() {
     let free = rustix::fs::statvfs(disk.path()).unwrap();
     assert!(free.f_bavail * free.f_frsize >= 20 << 20, "{} pages free", free.f_bavail);
     assert!(cache.stats().used.0 >= 12 << 20, "{:?}", cache.stats());
+}
+
+#[tokio::test]
+async fn a_slab_without_its_space_makes_writes_fail_and_never_reads() {
+    let Some(disk) = Tmpfs::mount(8) else { return };
+    let geometry = SlabGeometry::new(small(), 24).unwrap();
+    // Sparse, as on a filesystem that can't allocate ahead: 16 MiB on a disk of 8.
+    fs::create_dir(disk.path().join("slabs")).unwrap();
+    let slab = File::create(disk.path().join("slabs/00000000.slab")).unwrap();
+    slab.set_len(geometry.file_len()).unwrap();
+    slab.write_all_at(&geometry.encode(), 0).unwrap();
+    let cache = open(disk.path(), 64);
+    for n in 0..400 {
+        cache.room().await;
+        assert_eq!(*read(&cache, n, small()).await, *content(n, small()));
+    }
+    cache.written().await;
+    let stats = cache.stats();
+    assert!(stats.heap_fallbacks > 0 && stats.evicted > 0, "{stats:?}");
+    // It goes on with the slots that have their space.
+    assert!(stats.used.0 > 4 << 20, "{stats:?}");
+    let here: Vec<_> = (0..400).filter(|n| cache.lookup(&id(*n, small())).is_some()).collect();
+    assert!(*here.last().unwrap() > 300, "new chunks find no place: {here:?}");
+    for n in here {
+        assert_eq!(*read(&cache, n, small()).await, *content(n, small()));
+    }
+    drop(cache);
+    let cache = open(disk.path(), 64);
+    for n in 0..400 {
+        assert_eq!(*read(&cache, n, small()).await, *content(n, small()));
+    }
+    assert_eq!(cache.stats().healed, 0);
 }

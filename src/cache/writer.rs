@@ -134,8 +134,8 @@ impl Writer {
         let id = chunk.id();
         if let Err(error) = slab.fill(slot, &id, chunk.content()) {
             if is_full(&error) {
+                // Not given back: the hand comes by it, and until then slots that have their space are used.
                 self.pause_growth(&error);
-                self.give_back(size, place);
             } else {
                 // The slot is in no index and has no pins: nobody else looks at its state.
                 slab.slot(slot).state.store(BAD, Ordering::Relaxed);
