@@ -69,7 +69,8 @@ async fn a_cache_killed_in_mid_insert_finds_its_chunks_again_and_none_is_damaged
         for n in &here {
             assert_eq!(*read(&cache, *n, size).await, *content(*n, size), "round {round}");
         }
-        // The page cache survives the process, and each slot's record is written after its bytes: not one may be damaged.
+        // The page cache survives the process, and each slot's record is written after its bytes: not one may be
+        // damaged.
         let stats = cache.stats();
         assert_eq!((stats.healed, stats.misses), (0, 0), "round {round}");
         assert_eq!(stats.verified, here.len() as u64);
@@ -88,7 +89,8 @@ fn slabs(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
         .collect()
 }
 
-/// Nothing is synced, so a power cut may leave any mixture of sectors from before and after the last writes. Every mixture is served right.
+/// Nothing is synced, so a power cut may leave any mixture of sectors from before and after the last writes. Every
+/// mixture is served right.
 #[tokio::test]
 async fn any_mixture_of_old_and_new_sectors_after_a_power_cut_serves_nothing_wrong() {
     const SECTOR: usize = 512;
@@ -115,7 +117,8 @@ async fn any_mixture_of_old_and_new_sectors_after_a_power_cut_serves_nothing_wro
                 std::fs::write(dir.path().join("before").join(path.file_name().unwrap()), bytes).unwrap();
             }
         }
-        // One sector in `old_of` stayed old: few, half or nearly all of them. A run stays old or new together, as writeback leaves them.
+        // One sector in `old_of` stayed old: few, half or nearly all of them. A run stays old or new together, as
+        // writeback leaves them.
         let old_of = [2, 3, 50, 1000][random.below(4) as usize];
         let longest_run = [1, 16, 400][random.below(3) as usize];
         for (path, after) in slabs(dir.path()) {

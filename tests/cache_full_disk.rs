@@ -1,4 +1,5 @@
-//! A full disk: no SIGBUS, no error, only more fetches. On a small tmpfs of its own, so it needs root; in CI it must run.
+//! A full disk: no SIGBUS, no error, only more fetches. On a small tmpfs of its own, so it needs root; in CI it must
+//! run.
 
 #![allow(clippy::unwrap_used)]
 

@@ -125,7 +125,8 @@ async fn two_chunk_sizes_share_one_limit_and_the_second_gets_its_part() {
     assert_eq!(cache.stats().healed, 0);
 }
 
-/// Every chunk that is looked up, fetched, held or cloned has the right bytes, all of them, while eight threads push each other's chunks out.
+/// Every chunk that is looked up, fetched, held or cloned has the right bytes, all of them, while eight threads push
+/// each other's chunks out.
 #[test]
 fn eight_threads_of_random_reads_and_evictions_see_only_right_bytes() {
     let seed = seed("eight_threads_of_random_reads_and_evictions_see_only_right_bytes");

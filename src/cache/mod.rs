@@ -1,17 +1,21 @@
 //! The host-wide chunk cache: every volume and version in this server shares it.
 //!
-//! Enters: chunks that were verified, and small objects the caller has checked. Leaves: bytes that this process has verified, from a read-only map of a
-//! slab file or, where the disk has no place, from memory.
-//! Invariant: no byte leaves that was not hashed by this process after it was last written or read from the disk (FORMAT.md, "Cache", says why a crash can't
-//! break that). A cache that is full, damaged or on a full disk gets slower, and never wrong.
+//! Enters: chunks that were verified, and small objects the caller has checked. Leaves: bytes that this process has
+//! verified, from a read-only map of a slab file or, where the disk has no place, from memory.
+//! Invariant: no byte leaves that was not hashed by this process after it was last written or read from the disk
+//! (FORMAT.md, "Cache", says why a crash can't break that, and names the one second in which it is not checked again).
+//! A cache that is full, damaged or on a full disk gets slower, and never wrong.
 //!
-//! The parts: `slab` (files and maps), `index` (what is where), `flight` (who fetches), `writer` (the one thread that writes and evicts), `blobs` (small objects).
+//! The parts: `slab` (files and maps), `index` (what is where), `flight` (who fetches), `writer` (the one thread that
+//! writes and evicts), `blobs` (small objects).
 //!
-//! One chunk's way: [`Cache::lookup`] finds nothing, [`Cache::claim`] gives one caller the [`Flight`]; it fetches and calls [`Flight::fulfil`], which serves all
-//! who wait from memory at once; the writer thread puts the chunk into a slot behind their backs; the next lookup finds it there.
+//! One chunk's way: [`Cache::lookup`] finds nothing, [`Cache::claim`] gives one caller the [`Flight`]; it fetches and
+//! calls [`Flight::fulfil`], which serves all who wait from memory at once; the writer thread puts the chunk into a
+//! slot behind their backs; the next lookup finds it there.
 //!
-//! What touches the disk, and where: lookups and claims do no I/O. Verification reads with pread on a blocking thread. Touching a chunk's bytes may wait for
-//! the disk if they have left memory: [`ChunkRef::is_resident`] tells, [`Cache::reload`] brings them back, verified again.
+//! What touches the disk, and where: lookups and claims do no I/O. Verification reads with pread on a blocking
+//! thread. Touching a chunk's bytes may wait for the disk if they have left memory: [`ChunkRef::is_resident`] tells,
+//! [`Cache::reload`] brings them back, verified again.
 
 mod blobs;
 mod chunk_ref;
@@ -54,11 +58,13 @@ use writer::{Books, Job, Writer};
 pub const MIN_LIMIT: ByteLen = ByteLen(16 << 20);
 /// About how many slabs a full cache has: few enough to keep them all open, enough for the limit to be met closely.
 const SLABS: u64 = 128;
-/// Small objects get 1/32 of the limit, within these bounds. (The map and tables of an image are less than 1/1000 of it.)
+/// Small objects get 1/32 of the limit, within these bounds. (The map and tables of an image are less than 1/1000 of
+/// it.)
 const BLOB_SHARE: u64 = 32;
 const MIN_BLOB_SHARE: u64 = 1 << 20;
 const MAX_BLOB_SHARE: u64 = 1 << 30;
-/// Unless told otherwise the cache leaves 1/20 of the filesystem to others, at most this much: deltas may live there, and a full disk hurts them more.
+/// Unless told otherwise the cache leaves 1/20 of the filesystem to others, at most this much: deltas may live there,
+/// and a full disk hurts them more.
 const MAX_KEEP_FREE: u64 = 1 << 30;
 const KEEP_FREE: u64 = 20;
 /// The write queue: chunks in memory on their way to the disk.
@@ -105,8 +111,8 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Opens the cache in `dir`, making it if need be. Blocks on files: 64 bytes are read for each slot there is. What is found damaged is thrown away,
-    /// and so is what is over the limit.
+    /// Opens the cache in `dir`, making it if need be. Blocks on files: 64 bytes are read for each slot there is.
+    /// What is found damaged is thrown away, and so is what is over the limit.
     pub fn open(dir: &Path, options: CacheOptions) -> Result<Arc<Cache>, CacheError> {
         let CacheOptions { limit, keep_free } = options;
         if limit < MIN_LIMIT {
@@ -158,7 +164,8 @@ impl Cache {
         }))
     }
 
-    /// The chunk, if it is here and this process has verified it. The hot path: one lock of a shard, no system call, no allocation.
+    /// The chunk, if it is here and this process has verified it. The hot path: one lock of a shard, no system call,
+    /// no allocation.
     #[inline]
     pub fn lookup(&self, id: &ChunkId) -> Option<ChunkRef> {
         let mut shard = self.inner.index.shard(id);
@@ -177,12 +184,14 @@ impl Cache {
         shard.place(id).is_some() || shard.staged.contains_key(id)
     }
 
-    /// Waits until the write queue has room again. Those who fetch much ask before they fetch, so that what they bring is kept.
+    /// Waits until the write queue has room again. Those who fetch much ask before they fetch, so that what they
+    /// bring is kept.
     pub async fn room(&self) {
         self.queue.falls_to(QUEUE_HAS_ROOM).await;
     }
 
-    /// Waits until everything inserted has been written (not synced). Under steady inserts this may be never: it is for shutting down and for tests.
+    /// Waits until everything inserted has been written (not synced). Under steady inserts this may be never: it is
+    /// for shutting down and for tests.
     pub async fn written(&self) {
         self.queue.falls_to(0).await;
     }
@@ -192,8 +201,8 @@ impl Cache {
         self.blobs.read(hash, &self.inner.counters)
     }
 
-    /// Keeps a small object of at most [`MAX_BLOB`] bytes; what can't be kept is let go. `content` must be what `hash` says, else it is thrown away when it is
-    /// asked for. Blocks on a file; no fsync.
+    /// Keeps a small object of at most [`MAX_BLOB`] bytes; what can't be kept is let go. `content` must be what
+    /// `hash` says, else it is thrown away when it is asked for. Blocks on a file; no fsync.
     pub fn put_blob(&self, hash: &[u8; 32], content: &[u8]) {
         self.blobs.write(hash, content);
     }
@@ -238,7 +247,8 @@ impl Cache {
 }
 
 impl Drop for Cache {
-    /// Writes what is queued (blocking for that long) and gives up the directory, but for chunks still held: the lock goes with the last of them.
+    /// Writes what is queued (blocking for that long) and gives up the directory, but for chunks still held: the lock
+    /// goes with the last of them.
     fn drop(&mut self) {
         drop(self.jobs.take());
         if let Some(writer) = self.writer.take()

@@ -1,7 +1,7 @@
 //! The bound of the write queue, in bytes of chunks that are in memory on their way to the disk.
 //!
-//! Invariant: what was entered and not left is at most the bound. Entering never waits (a chunk that finds no room is served and not kept);
-//! those who can wait do so before they fetch.
+//! Invariant: what was entered and not left is at most the bound. Entering never waits (a chunk that finds no room is
+//! served and not kept); those who can wait do so before they fetch.
 
 use std::sync::Arc;
 

@@ -1,8 +1,9 @@
 //! A slab: one file of equal slots, written with pwrite and read through a read-only map.
 //!
 //! Enters: verified chunks to keep, slots to read. Leaves: bytes of slots, and whether they are in memory.
-//! Invariants: a slot is written only while nobody has it pinned; bytes are read through the map only from slots that were filled; the file
-//! keeps its length while it is mapped. Which slot holds what is decided elsewhere (`index`, `writer`).
+//! Invariants: a slot is written only while nobody has it pinned; bytes are read through the map only from slots that
+//! were filled; the file keeps its length while it is mapped. Which slot holds what is decided elsewhere (`index`,
+//! `writer`).
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -38,7 +39,8 @@ const MAX_PAGES: usize = 256;
 
 /// What is kept in memory of a slot: 40 bytes.
 pub(super) struct Slot {
-    /// The id of the chunk in it. Written by the writer thread while the slot is in no index and has no pins; atomic only so that this needs no `unsafe`.
+    /// The id of the chunk in it. Written by the writer thread while the slot is in no index and has no pins; atomic
+    /// only so that this needs no `unsafe`.
     id: [AtomicU64; 4],
     /// Flags and pins. FILLED, VERIFIED and the step from no pin to one change under the lock of the id's shard.
     pub(super) state: AtomicU32,
@@ -157,10 +159,11 @@ impl Slab {
         file: File,
         lock: Arc<DirLock>,
     ) -> io::Result<Slab> {
-        // SAFETY: the file is private to this process: mode 0600, in a directory it holds the lock of. It writes a slot only while no
-        // reference into it exists (no pins), and never shortens the file.
+        // SAFETY: the file is private to this process: mode 0600, in a directory it holds the lock of. It writes a
+        // slot only while no reference into it exists (no pins), and never shortens the file.
         let map = unsafe { MmapOptions::new().len(geometry.file_len() as usize).map(&file)? };
-        // No read-ahead: a page in memory shall be one that this process wrote or verified. Only advice, so an error changes nothing.
+        // No read-ahead: a page in memory shall be one that this process wrote or verified. Only advice, so an error
+        // changes nothing.
         let _ = map.advise(memmap2::Advice::Random);
         let _ = rustix::fs::fadvise(&file, 0, None, Advice::Random);
         let slots = (0..geometry.slots())
@@ -209,7 +212,8 @@ impl Slab {
         &self.map[at..at + self.geometry.chunk().len()]
     }
 
-    /// Writes a chunk into a slot that is in no index and has no pins. On error the slot is free, on the disk too unless that failed as well.
+    /// Writes a chunk into a slot that is in no index and has no pins. On error the slot is free, on the disk too
+    /// unless that failed as well.
     pub(super) fn fill(&self, slot: u32, id: &ChunkId, content: &[u8]) -> io::Result<()> {
         assert_eq!(content.len(), self.geometry.chunk().len(), "the writer chose a slab of the chunk's size");
         // Record to zeros, bytes, record: a process killed in between leaves a free slot (FORMAT.md).
@@ -224,7 +228,8 @@ impl Slab {
         self.file.write_all_at(&[0; RECORD_LEN], self.geometry.record_at(slot))
     }
 
-    /// Reads the slot with pread, so that a bad sector is an error and not a signal, and checks it against its id. The caller holds a pin.
+    /// Reads the slot with pread, so that a bad sector is an error and not a signal, and checks it against its id.
+    /// The caller holds a pin.
     pub(super) fn check(&self, slot: u32) -> bool {
         let mut content = vec![0; self.geometry.chunk().len()];
         self.slots[slot as usize].resident_at.store(0, Ordering::Relaxed);
@@ -237,8 +242,8 @@ impl Slab {
         }
     }
 
-    /// Whether the pages under `range` of the slot are in memory. If the whole slot was within this second, that is taken for an answer: a system call for each
-    /// read would cost more than the rest of the lookup.
+    /// Whether the pages under `range` of the slot are in memory. If the whole slot was within this second, that is
+    /// taken for an answer: a system call for each read would cost more than the rest of the lookup.
     pub(super) fn is_resident(&self, slot: u32, range: Range<usize>) -> bool {
         let chunk = self.bytes(slot);
         let resident_at = &self.slots[slot as usize].resident_at;
@@ -263,8 +268,8 @@ impl Slab {
         if pages == 0 || pages > MAX_PAGES {
             return true;
         }
-        // SAFETY: start is page aligned and [start, start + length) lies in this mapping, which lives as long as self; `resident` has a byte for each of
-        // its pages, as was just checked.
+        // SAFETY: start is page aligned and [start, start + length) lies in this mapping, which lives as long as
+        // self; `resident` has a byte for each of its pages, as was just checked.
         let done = unsafe { libc::mincore(start as *mut libc::c_void, length, resident.as_mut_ptr()) };
         done != 0 || resident[..pages].iter().all(|page| page & 1 != 0)
     }

@@ -1,12 +1,15 @@
-//! The one thread that writes: it finds each new chunk a slot, by growing, evicting or taking a slab from another size, and puts it there.
+//! The one thread that writes: it finds each new chunk a slot, by growing, evicting or taking a slab from another
+//! size, and puts it there.
 //!
 //! Enters: verified chunks that are already being served from memory. Leaves: their slots in the index.
-//! Invariants: only this thread fills slots, evicts and makes or deletes slabs, so its books need no lock; the slab files never take more than the
-//! limit; it writes only into slots that are in no index and have no pins.
+//! Invariants: only this thread fills slots, evicts and makes or deletes slabs, so its books need no lock; the slab
+//! files never take more than the limit; it writes only into slots that are in no index and have no pins.
 //!
-//! The policy. A free slot first; then a new slab, while limit and disk allow; then CLOCK over the slabs of that chunk size (a chunk that was used since the hand
-//! last passed gets another round; one that was only brought in does not, so a scan does not wash out what is used). A chunk size that has less than an eighth
-//! of the space takes a whole slab from the size that has most, before it evicts its own. If every slot is pinned the chunk stays in memory.
+//! The policy. A free slot first; then a new slab, while limit and disk allow; then CLOCK over the slabs of that
+//! chunk size (a chunk that was used since the hand last passed gets another round; one that was only brought in does
+//! not, so a scan does not wash out what is used). A chunk size that has less than an eighth of the space takes a
+//! whole slab from the size that has most, before it evicts its own. If every slot is pinned the chunk stays in
+//! memory.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
