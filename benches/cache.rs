@@ -1,6 +1,7 @@
 //! The cache's hot path: `cargo bench --bench cache`.
 //!
-//! `lookup` is what every warm read pays per chunk: find, pin, unpin. The ids are visited in random order, so that the larger case misses the processor's caches.
+//! `lookup` is what every warm read pays per chunk: find, pin, unpin. The ids are visited in random order, so that
+//! the larger case misses the processor's caches.
 
 use std::hint::black_box;
 use std::time::Duration;

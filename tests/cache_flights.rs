@@ -1,5 +1,7 @@
 //! One fetch serves all who wait, its error too, and nobody who gives up leaves others waiting.
 
+#![allow(clippy::unwrap_used)]
+
 mod cache_common;
 
 use std::io;

@@ -1,8 +1,10 @@
-//! Small objects (chunk tables, map nodes) as files under their hash: what a device needs to find its chunks with the repository away.
+//! Small objects (chunk tables, map nodes) as files under their hash: what a device needs to find its chunks with the
+//! repository away.
 //!
-//! Enters: objects the caller has checked. Leaves: objects whose BLAKE3 was checked here. All functions block on files.
-//! Invariants: a file is whole under its name or not there (temporary file and rename, no fsync: after a power cut the hash finds out);
-//! all files together stay within the share of the limit, the least recently used going first.
+//! Enters: objects the caller has checked. Leaves: objects whose BLAKE3 was checked here. All functions block on
+//! files.
+//! Invariants: a file is whole under its name or not there (temporary file and rename, no fsync: after a power cut
+//! the hash finds out); all files together stay within the share of the limit, the least recently used going first.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -140,7 +142,8 @@ impl Blobs {
         self.used.store(used, Ordering::Relaxed);
     }
 
-    /// Lists the objects; deletes temporary files no one is writing (there are none in use when this runs at the start; later ones are spared).
+    /// Lists the objects; deletes temporary files no one is writing (there are none in use when this runs at the
+    /// start; later ones are spared).
     fn files(&self) -> io::Result<Vec<Found>> {
         let at_start = value(&self.next_temporary) == 0;
         let mut files = Vec::new();

@@ -73,8 +73,9 @@ impl ChunkRef {
         }
     }
 
-    /// Whether the bytes of `range` can be touched without waiting for a disk. One system call (mincore) for a chunk in a slab, none for one in
-    /// memory. Where it says `false`, `Cache::reload` brings them in and checks them again.
+    /// Whether the bytes of `range` can be touched without waiting for a disk. At most two system calls (mincore),
+    /// and none where the whole chunk was found in memory within the same second or was never anywhere else. Where it
+    /// says `false`, `Cache::reload` brings the chunk in and checks it again.
     #[inline]
     pub fn is_resident(&self, range: Range<usize>) -> bool {
         match &self.0 {

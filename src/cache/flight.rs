@@ -1,12 +1,12 @@
 //! Single flight: one fetch serves all who wait for a chunk.
 //!
-//! Enters: requests for chunks ([`Cache::claim`]), and what came of fetching them. Leaves: chunks, or the duty to fetch them.
-//! Invariant: of all who ask for a chunk that is not here, exactly one holds its [`Flight`]; if that one lets go of it without a result, the duty
-//! passes to one of those who wait, so a cancelled reader never leaves others waiting.
+//! Enters: requests for chunks ([`Cache::claim`]), and what came of fetching them. Leaves: chunks, or the duty to
+//! fetch them.
+//! Invariant: of all who ask for a chunk that is not here, exactly one holds its [`Flight`]; if that one lets go of
+//! it without a result, the duty passes to one of those who wait, so a cancelled reader never leaves others waiting.
 
 use std::error::Error;
 use std::future::Future;
-use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -43,7 +43,8 @@ pub enum Settled {
     Missing(Flight),
 }
 
-/// The duty to fetch one chunk. End it with [`Flight::fulfil`] or [`Flight::fail`]; dropping it hands the duty to one of those who wait.
+/// The duty to fetch one chunk. End it with [`Flight::fulfil`] or [`Flight::fail`]; dropping it hands the duty to one
+/// of those who wait.
 #[must_use = "dropping it passes the fetch to someone else"]
 pub struct Flight {
     cache: Arc<Cache>,
@@ -88,8 +89,9 @@ impl Flight {
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        // After `fulfil` and `fail` it is not there any more. Else the channel closes without a result when self.channel goes, which is the signal to ask again;
-        // it must be out of the shard before, or those who ask again would find it.
+        // After `fulfil` and `fail` it is not there any more. Else the channel closes without a result when
+        // self.channel goes, which is the signal to ask again; it must be out of the shard before, or those who ask
+        // again would find it.
         self.cache.inner.index.shard(&self.id).end_flight(&self.id, &self.channel);
     }
 }
@@ -153,10 +155,12 @@ fn publish(channel: &Channel, result: Result<ChunkRef, FetchError>) {
 }
 
 impl Cache {
-    /// Asks for chunks, in order: those that are here, those that others are bringing, and those that are now the caller's to fetch, in one request or several.
-    /// Does no I/O: chunks on the disk that this process has not verified yet are being verified on a blocking thread when it returns, and `Pending`.
+    /// Asks for chunks, in order: those that are here, those that others are bringing, and those that are now the
+    /// caller's to fetch, in one request or several. Does no I/O: chunks on the disk that this process has not
+    /// verified yet are being verified on a blocking thread when it returns, and `Pending`.
     ///
-    /// End your own flights before you settle a `Pending` one. A chunk named twice is `Missing` once and `Pending` once.
+    /// End your own flights before you settle a `Pending` one. A chunk named twice is `Missing` once and `Pending`
+    /// once.
     pub fn claim(self: &Arc<Self>, ids: &[ChunkId]) -> Vec<Claim> {
         ids.iter().map(|id| self.claim_one(id)).collect()
     }
@@ -175,7 +179,7 @@ impl Cache {
                 }
                 let (flight, receiver) = self.take_off(&mut shard, id);
                 drop(shard);
-                spawn_blocking(move || flight.verify(chunk));
+                self.spawn_check(flight, chunk);
                 Claim::Pending(Pending { cache: self.clone(), id: *id, receiver })
             }
             Found::Nothing => {
@@ -186,6 +190,21 @@ impl Cache {
                 Claim::Missing(self.take_off(&mut shard, id).0)
             }
         }
+    }
+
+    /// Has a chunk checked on a blocking thread; without a runtime the caller is one.
+    fn spawn_check(&self, flight: Flight, chunk: ChunkRef) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return flight.verify(chunk) };
+        let checks = self.checks.clone();
+        runtime.spawn(async move {
+            let permit = checks.acquire_owned().await;
+            let check = tokio::task::spawn_blocking(move || {
+                flight.verify(chunk);
+                drop(permit);
+            });
+            // Its result goes to those who wait.
+            drop(check);
+        });
     }
 
     fn join(self: &Arc<Self>, shard: &mut Shard, id: &ChunkId) -> Option<Pending> {
@@ -201,8 +220,9 @@ impl Cache {
         (Flight { cache: self.clone(), id: *id, channel }, receiver)
     }
 
-    /// The chunk: from here, or by `fetch`. One fetch serves all who wait for it, and goes on when they are gone. Its error goes to everyone who waits
-    /// at that time; the next call tries again. `fetch` runs as a task of its own, so call this within a tokio runtime.
+    /// The chunk: from here, or by `fetch`. One fetch serves all who wait for it, and goes on when they are gone. Its
+    /// error goes to everyone who waits at that time; the next call tries again. `fetch` runs as a task of its own,
+    /// so call this within a tokio runtime.
     pub async fn get_or_fetch<F, Fut, E>(
         self: &Arc<Self>,
         id: ChunkId,
@@ -241,8 +261,9 @@ impl Cache {
         fetched.await.unwrap_or(Err(FetchError::BrokenOff { id }))
     }
 
-    /// Brings a chunk whose pages have left memory ([`ChunkRef::is_resident`] said `false`) back in, on a blocking thread, and checks it again: the disk may have
-    /// changed it meanwhile. All who ask at that time share one reading. `Missing`: it was damaged and is thrown away; fetch it.
+    /// Brings a chunk whose pages have left memory ([`ChunkRef::is_resident`] said `false`) back in, on a blocking
+    /// thread, and checks it again: the disk may have changed it meanwhile. All who ask at that time share one
+    /// reading. `Missing`: it was damaged and is thrown away; fetch it.
     pub async fn reload(self: &Arc<Self>, chunk: ChunkRef) -> Result<Settled, FetchError> {
         let Some((slab, slot)) = chunk.slot() else { return Ok(Settled::Ready(chunk)) };
         let id = slab.id(slot);
@@ -258,8 +279,9 @@ impl Cache {
         }
     }
 
-    /// Keeps a verified chunk, and hands it to those who wait for it, whoever was to fetch it. Does not wait for the disk: until it is written it is served from
-    /// memory, and if the write queue is full, memory is all it gets. Those who fetch much ask [`Cache::room`] before.
+    /// Keeps a verified chunk, and hands it to those who wait for it, whoever was to fetch it. Does not wait for the
+    /// disk: until it is written it is served from memory, and if the write queue is full, memory is all it gets.
+    /// Those who fetch much ask [`Cache::room`] before.
     pub fn insert(&self, chunk: VerifiedChunk) -> ChunkRef {
         let id = chunk.id();
         count(&self.inner.counters.fetched, chunk.content().len() as u64);
@@ -280,7 +302,8 @@ impl Cache {
 }
 
 impl Flight {
-    /// Checks a chunk found on the disk. Runs on a blocking thread. Damaged: dropping the flight makes those who wait ask again, and one of them fetches it.
+    /// Checks a chunk found on the disk. Runs on a blocking thread. Damaged: dropping the flight makes those who wait
+    /// ask again, and one of them fetches it.
     fn verify(self, chunk: ChunkRef) {
         let inner = &self.cache.inner;
         let Some((slab, slot)) = chunk.slot() else { return };
@@ -309,14 +332,5 @@ impl Flight {
         if let Err(error) = slab.clear_record(slot) {
             tracing::warn!(slab = slab.number, slot, %error, "can't mark the cache slot free");
         }
-        mem::drop(chunk);
-    }
-}
-
-/// Runs `work` on a blocking thread; without a runtime the caller is one.
-fn spawn_blocking(work: impl FnOnce() + Send + 'static) {
-    match tokio::runtime::Handle::try_current() {
-        Ok(runtime) => drop(runtime.spawn_blocking(work)),
-        Err(_) => work(),
     }
 }

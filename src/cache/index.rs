@@ -1,10 +1,12 @@
 //! Which chunk is where: in a slot, in memory on its way to one, or on its way here.
 //!
 //! Sharded by the first byte of the id; within a shard the id's own bits are the hash, since ids are uniform already.
-//! Invariants, all under the shard's lock: a chunk is in at most one of `table` and `staged`; every place in `table` names a slab of `slabs` and a slot that
-//! is FILLED; a slot gets its first pin only through its place here. A shard's lock is never held across I/O or another shard's.
+//! Invariants, all under the shard's lock: a chunk is in at most one of `table` and `staged`; every place in `table`
+//! names a slab of `slabs` and a slot that is FILLED; a slot gets its first pin only through its place here. A
+//! shard's lock is never held across I/O or another shard's.
 //!
-//! Memory: a chunk on the disk costs its 40-byte slot (in the slab) and here a 4-byte place and a control byte, by the table's load 5 to 12 bytes.
+//! Memory: a chunk on the disk costs its 40-byte slot (in the slab) and here a 4-byte place and a control byte, by
+//! the table's load 5 to 12 bytes.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -31,7 +33,8 @@ pub(super) struct Place {
     pub(super) slot: u16,
 }
 
-/// How a flight ended, for all who wait for it; a channel closed without one means: ask again, whoever had it let go of it.
+/// How a flight ended, for all who wait for it; a channel closed without one means: ask again, whoever had it let go
+/// of it.
 pub(super) type Outcome = Option<Result<ChunkRef, FetchError>>;
 /// The waiting end of a flight, kept by its owner and by its shard.
 pub(super) type Channel = Arc<watch::Sender<Outcome>>;
@@ -137,7 +140,8 @@ impl Shard {
         true
     }
 
-    /// Takes a chunk that is not pinned out of its slot. `false`: it is pinned, or was used since the hand last passed and `spare_used` is set.
+    /// Takes a chunk that is not pinned out of its slot. `false`: it is pinned, or was used since the hand last
+    /// passed and `spare_used` is set.
     pub(super) fn evict(&mut self, id: &ChunkId, place: Place, spare_used: bool) -> Evicted {
         let state = &self.slab(place).slot(place.slot.into()).state;
         // Acquire: the reads of those who had it pinned come before what will be written there.
@@ -158,7 +162,8 @@ impl Shard {
         Evicted::Yes
     }
 
-    /// Takes a chunk out of the index, pinned or not: whoever has it keeps it, nobody finds it. `false` where it is not there any more.
+    /// Takes a chunk out of the index, pinned or not: whoever has it keeps it, nobody finds it. `false` where it is
+    /// not there any more.
     pub(super) fn forget(&mut self, id: &ChunkId, slab: u16, slot: u32) -> bool {
         let Some(place) = self.place(id).filter(|place| place.slab == slab && u32::from(place.slot) == slot)
         else {
@@ -236,5 +241,65 @@ impl Index {
             let shard = shard.lock();
             (hits + shard.hits, misses + shard.misses, joined + shard.joined)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::lock::DirLock;
+    use super::*;
+    use crate::format::ChunkSize;
+    use crate::format::cache_index::SlabGeometry;
+
+    #[test]
+    fn a_pinned_chunk_stays_and_a_used_one_gets_one_more_round() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = Arc::new(DirLock::take(dir.path()).unwrap());
+        let size = ChunkSize::from_log2(20).unwrap();
+        let slab = Slab::create(dir.path(), 3, SlabGeometry::new(size, 22).unwrap(), lock).unwrap();
+        let content = vec![9; size.len()];
+        let (id, place) = (ChunkId::of(&content), Place { slab: 3, slot: 2 });
+        slab.fill(2, &id, &content).unwrap();
+        let slab = Arc::new(slab);
+        let index = Index::new();
+        index.add_slab(&slab);
+        let mut shard = index.shard(&id);
+        assert!(shard.enter(&id, place, true));
+        assert!(!shard.enter(&id, Place { slab: 3, slot: 0 }, true), "one chunk, one place");
+
+        let Found::Verified(held) = shard.find(&id) else { panic!("just entered") };
+        let second = held.clone();
+        assert_eq!(shard.evict(&id, place, false), Evicted::No);
+        drop(held);
+        assert_eq!(shard.evict(&id, place, false), Evicted::No, "a clone is a pin");
+        assert_eq!(*second, *content);
+        drop(second);
+        assert_eq!(shard.evict(&id, place, true), Evicted::No, "used since the hand passed");
+        assert_eq!(shard.evict(&id, place, true), Evicted::Yes);
+        assert_eq!(shard.evict(&id, place, true), Evicted::WasFree);
+        assert!(matches!(shard.find(&id), Found::Nothing));
+    }
+
+    #[test]
+    fn a_forgotten_chunk_is_not_found_but_its_slot_is_not_free_while_it_is_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = Arc::new(DirLock::take(dir.path()).unwrap());
+        let size = ChunkSize::from_log2(20).unwrap();
+        let slab = Arc::new(Slab::create(dir.path(), 0, SlabGeometry::new(size, 22).unwrap(), lock).unwrap());
+        let content = vec![7; size.len()];
+        let (id, place) = (ChunkId::of(&content), Place { slab: 0, slot: 1 });
+        slab.fill(1, &id, &content).unwrap();
+        let index = Index::new();
+        index.add_slab(&slab);
+        let mut shard = index.shard(&id);
+        assert!(shard.enter(&id, place, false));
+        let Found::Unverified(held) = shard.find(&id) else { panic!("entered unverified") };
+        assert!(!shard.forget(&id, 0, 2), "another slot");
+        assert!(shard.forget(&id, 0, 1));
+        assert!(!shard.forget(&id, 0, 1));
+        assert!(matches!(shard.find(&id), Found::Nothing));
+        assert_eq!(shard.evict(&id, place, false), Evicted::No);
+        drop(held);
+        assert_eq!(shard.evict(&id, place, false), Evicted::WasFree);
     }
 }

@@ -1,6 +1,7 @@
 //! The lock of a cache directory: one server at a time.
 //!
-//! Enters: a directory. Leaves: a [`DirLock`], or who holds it. The lock ends with the file's last descriptor, so also with a kill -9.
+//! Enters: a directory. Leaves: a [`DirLock`], or who holds it. The lock ends with the file's last descriptor, so
+//! also with a kill -9.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};

@@ -1,17 +1,21 @@
 //! The host-wide chunk cache: every volume and version in this server shares it.
 //!
-//! Enters: chunks that were verified, and small objects the caller has checked. Leaves: bytes that this process has verified, from a read-only map of a
-//! slab file or, where the disk has no place, from memory.
-//! Invariant: no byte leaves that was not hashed by this process after it was last written or read from the disk (FORMAT.md, "Cache", says why a crash can't
-//! break that). A cache that is full, damaged or on a full disk gets slower, and never wrong.
+//! Enters: chunks that were verified, and small objects the caller has checked. Leaves: bytes that this process has
+//! verified, from a read-only map of a slab file or, where the disk has no place, from memory.
+//! Invariant: no byte leaves that was not hashed by this process after it was last written or read from the disk
+//! (FORMAT.md, "Cache", says why a crash can't break that, and names the one second in which it is not checked again).
+//! A cache that is full, damaged or on a full disk gets slower, and never wrong.
 //!
-//! The parts: `slab` (files and maps), `index` (what is where), `flight` (who fetches), `writer` (the one thread that writes and evicts), `blobs` (small objects).
+//! The parts: `slab` (files and maps), `index` (what is where), `flight` (who fetches), `writer` (the one thread that
+//! writes and evicts), `blobs` (small objects).
 //!
-//! One chunk's way: [`Cache::lookup`] finds nothing, [`Cache::claim`] gives one caller the [`Flight`]; it fetches and calls [`Flight::fulfil`], which serves all
-//! who wait from memory at once; the writer thread puts the chunk into a slot behind their backs; the next lookup finds it there.
+//! One chunk's way: [`Cache::lookup`] finds nothing, [`Cache::claim`] gives one caller the [`Flight`]; it fetches and
+//! calls [`Flight::fulfil`], which serves all who wait from memory at once; the writer thread puts the chunk into a
+//! slot behind their backs; the next lookup finds it there.
 //!
-//! What touches the disk, and where: lookups and claims do no I/O. Verification reads with pread on a blocking thread. Touching a chunk's bytes may wait for
-//! the disk if they have left memory: [`ChunkRef::is_resident`] tells, [`Cache::reload`] brings them back, verified again.
+//! What touches the disk, and where: lookups and claims do no I/O. Verification reads with pread on a blocking
+//! thread. Touching a chunk's bytes may wait for the disk if they have left memory: [`ChunkRef::is_resident`] tells,
+//! [`Cache::reload`] brings them back, verified again.
 
 mod blobs;
 mod chunk_ref;
@@ -19,6 +23,7 @@ mod error;
 mod flight;
 mod index;
 mod lock;
+mod queue;
 mod slab;
 mod stats;
 mod writer;
@@ -45,7 +50,8 @@ use crate::units::ByteLen;
 use blobs::Blobs;
 use index::{Found, Index, Place, Shard};
 use lock::DirLock;
-use slab::Slab;
+use queue::Queue;
+use slab::{Opened, Slab};
 use stats::{Counters, count, value};
 use writer::{Books, Job, Writer};
 
@@ -53,19 +59,21 @@ use writer::{Books, Job, Writer};
 pub const MIN_LIMIT: ByteLen = ByteLen(16 << 20);
 /// About how many slabs a full cache has: few enough to keep them all open, enough for the limit to be met closely.
 const SLABS: u64 = 128;
-/// Small objects get 1/32 of the limit, within these bounds. (The map and tables of an image are less than 1/1000 of it.)
+/// Small objects get 1/32 of the limit, within these bounds. (The map and tables of an image are less than 1/1000 of
+/// it.)
 const BLOB_SHARE: u64 = 32;
 const MIN_BLOB_SHARE: u64 = 1 << 20;
 const MAX_BLOB_SHARE: u64 = 1 << 30;
-/// Unless told otherwise the cache leaves 1/20 of the filesystem to others, at most this much: deltas may live there, and a full disk hurts them more.
+/// Unless told otherwise the cache leaves 1/20 of the filesystem to others, at most this much: deltas may live there,
+/// and a full disk hurts them more.
 const MAX_KEEP_FREE: u64 = 1 << 30;
 const KEEP_FREE: u64 = 20;
-/// The write queue is counted in units of the smallest chunk.
-const QUEUE_UNIT: usize = 1 << ChunkSize::MIN_LOG2;
-/// The write queue: 64 MiB of chunks on their way to the disk.
-const QUEUE_UNITS: usize = 1024;
-/// What [`Cache::room`] waits for.
-const ROOM_UNITS: u32 = QUEUE_UNITS as u32 / 4;
+/// The write queue: chunks in memory on their way to the disk.
+const QUEUE_BYTES: usize = 64 << 20;
+/// [`Cache::room`] waits until the queue has come down to this.
+const QUEUE_HAS_ROOM: usize = QUEUE_BYTES / 4 * 3;
+/// Chunks that are being read and checked at one time; each takes a buffer of its size.
+const MAX_CHECKS: usize = 16;
 
 /// How a cache is to be.
 #[derive(Clone, Copy, Debug)]
@@ -94,16 +102,18 @@ pub struct Cache {
     inner: Arc<Inner>,
     blobs: Blobs,
     limit: ByteLen,
-    /// Free units of the write queue: the channel below has no bound of its own.
-    queue: Arc<Semaphore>,
+    /// The bound of the write queue: the channel below has none of its own.
+    queue: Queue,
+    /// The bound of checks at one time.
+    checks: Arc<Semaphore>,
     /// `Some` until dropped.
     jobs: Option<mpsc::Sender<Job>>,
     writer: Option<JoinHandle<()>>,
 }
 
 impl Cache {
-    /// Opens the cache in `dir`, making it if need be. Blocks on files: 64 bytes are read for each slot there is. What is found damaged is thrown away,
-    /// and so is what is over the limit.
+    /// Opens the cache in `dir`, making it if need be. Blocks on files: 64 bytes are read for each slot there is.
+    /// What is found damaged is thrown away, and so is what is over the limit.
     pub fn open(dir: &Path, options: CacheOptions) -> Result<Arc<Cache>, CacheError> {
         let CacheOptions { limit, keep_free } = options;
         if limit < MIN_LIMIT {
@@ -127,7 +137,7 @@ impl Cache {
             keep_free,
         });
         for (number, path) in slab_files(&slabs)? {
-            let Some((slab, ids)) = Slab::open(&path, number, lock.clone())? else {
+            let Opened::Slab(slab, ids) = Slab::open(&path, number, lock.clone())? else {
                 tracing::warn!(slab = %path.display(), "not a cache slab this build can use, thrown away");
                 count(&inner.counters.healed, 1);
                 fs::remove_file(&path).map_err(CacheError::io("delete", &path))?;
@@ -148,13 +158,15 @@ impl Cache {
             inner,
             blobs,
             limit,
-            queue: Arc::new(Semaphore::new(QUEUE_UNITS)),
+            queue: Queue::new(QUEUE_BYTES),
+            checks: Arc::new(Semaphore::new(MAX_CHECKS)),
             jobs: Some(jobs),
             writer: Some(thread),
         }))
     }
 
-    /// The chunk, if it is here and this process has verified it. The hot path: one lock of a shard, no system call, no allocation.
+    /// The chunk, if it is here and this process has verified it. The hot path: one lock of a shard, no system call,
+    /// no allocation.
     #[inline]
     pub fn lookup(&self, id: &ChunkId) -> Option<ChunkRef> {
         let mut shard = self.inner.index.shard(id);
@@ -173,15 +185,16 @@ impl Cache {
         shard.place(id).is_some() || shard.staged.contains_key(id)
     }
 
-    /// Waits until the write queue has room again. Those who fetch much ask before they fetch, so that what they bring is kept.
+    /// Waits until the write queue has room again. Those who fetch much ask before they fetch, so that what they
+    /// bring is kept.
     pub async fn room(&self) {
-        // The semaphore is never closed, and either way there is nothing to wait for.
-        let _ = self.queue.acquire_many(ROOM_UNITS).await;
+        self.queue.falls_to(QUEUE_HAS_ROOM).await;
     }
 
-    /// Waits until everything inserted so far is on its way to the disk (written, not synced).
+    /// Waits until everything inserted has been written (not synced). Under steady inserts this may be never: it is
+    /// for shutting down and for tests.
     pub async fn written(&self) {
-        let _ = self.queue.acquire_many(QUEUE_UNITS as u32).await;
+        self.queue.falls_to(0).await;
     }
 
     /// The small object (chunk table, map node) of that BLAKE3, if it is here. Blocks on a file.
@@ -189,8 +202,8 @@ impl Cache {
         self.blobs.read(hash, &self.inner.counters)
     }
 
-    /// Keeps a small object of at most [`MAX_BLOB`] bytes; what can't be kept is let go. `content` must be what `hash` says, else it is thrown away when it is
-    /// asked for. Blocks on a file; no fsync.
+    /// Keeps a small object of at most [`MAX_BLOB`] bytes; what can't be kept is let go. `content` must be what
+    /// `hash` says, else it is thrown away when it is asked for. Blocks on a file; no fsync.
     pub fn put_blob(&self, hash: &[u8; 32], content: &[u8]) {
         self.blobs.write(hash, content);
     }
@@ -219,12 +232,10 @@ impl Cache {
     fn stage(&self, shard: &mut Shard, chunk: VerifiedChunk) -> ChunkRef {
         let content = chunk.content().clone();
         let size = ChunkSize::from_len(ByteLen(content.len() as u64));
-        let units = content.len().div_ceil(QUEUE_UNIT) as u32;
-        let permit = self.queue.clone().try_acquire_many_owned(units);
-        if let (Some(size), Ok(permit), Some(jobs)) = (size, permit, &self.jobs) {
+        if let (Some(size), Some(room), Some(jobs)) = (size, self.queue.enter(content.len()), &self.jobs) {
             shard.staged.insert(chunk.id(), content.clone());
             let id = chunk.id();
-            if jobs.send(Job { chunk, size, permit }).is_err() {
+            if jobs.send(Job { chunk, size, room }).is_err() {
                 // The writer thread is gone: it panicked. The cache serves what it has.
                 shard.staged.remove(&id);
                 count(&self.inner.counters.heap_fallbacks, 1);
@@ -248,7 +259,8 @@ impl MetaCache for Cache {
 }
 
 impl Drop for Cache {
-    /// Writes what is queued and gives up the directory, but for chunks still held: the lock goes with the last of them.
+    /// Writes what is queued (blocking for that long) and gives up the directory, but for chunks still held: the lock
+    /// goes with the last of them.
     fn drop(&mut self) {
         drop(self.jobs.take());
         if let Some(writer) = self.writer.take()

@@ -1,8 +1,9 @@
 //! A slab: one file of equal slots, written with pwrite and read through a read-only map.
 //!
 //! Enters: verified chunks to keep, slots to read. Leaves: bytes of slots, and whether they are in memory.
-//! Invariants: a slot is written only while nobody has it pinned; bytes are read through the map only from slots that were filled; the file
-//! keeps its length while it is mapped. Which slot holds what is decided elsewhere (`index`, `writer`).
+//! Invariants: a slot is written only while nobody has it pinned; bytes are read through the map only from slots that
+//! were filled; the file keeps its length while it is mapped. Which slot holds what is decided elsewhere (`index`,
+//! `writer`).
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -38,10 +39,21 @@ const MAX_PAGES: usize = 256;
 
 /// What is kept in memory of a slot: 40 bytes.
 pub(super) struct Slot {
-    /// The id of the chunk in it. Written by the writer thread while the slot is in no index and has no pins; atomic only so that this needs no `unsafe`.
+    /// The id of the chunk in it. Written by the writer thread while the slot is in no index and has no pins; atomic
+    /// only so that this needs no `unsafe`.
     id: [AtomicU64; 4],
     /// Flags and pins. FILLED, VERIFIED and the step from no pin to one change under the lock of the id's shard.
     pub(super) state: AtomicU32,
+    /// The second (see [`now`]) in which all its pages were last found in memory; 0 is never.
+    resident_at: AtomicU32,
+}
+
+/// What opening a file that may be a slab brought.
+pub(super) enum Opened {
+    /// A slab, and which chunk each of its slots says it holds.
+    Slab(Slab, Vec<Option<ChunkId>>),
+    /// Damaged, cut short, or of a version this build does not know.
+    Useless,
 }
 
 /// An open slab.
@@ -106,12 +118,8 @@ impl Slab {
         made
     }
 
-    /// Opens a slab and lists which chunk each of its slots says it holds. `Ok(None)`: this is no slab this build can use.
-    pub(super) fn open(
-        path: &Path,
-        number: u16,
-        lock: Arc<DirLock>,
-    ) -> Result<Option<(Slab, Vec<Option<ChunkId>>)>, CacheError> {
+    /// Opens a slab and lists which chunk each of its slots says it holds.
+    pub(super) fn open(path: &Path, number: u16, lock: Arc<DirLock>) -> Result<Opened, CacheError> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -121,16 +129,16 @@ impl Slab {
         let mut header = [0; HEADER_LEN];
         // Unreadable is as useless as unintelligible, and as harmless: the caller throws the slab away.
         if file.read_exact_at(&mut header, 0).is_err() {
-            return Ok(None);
+            return Ok(Opened::Useless);
         }
         let geometry = match SlabGeometry::decode(&header) {
             Ok(geometry) if geometry.file_len() == length => geometry,
-            _ => return Ok(None),
+            _ => return Ok(Opened::Useless),
         };
         // The length was checked against the file's, so this is at most 4 MiB.
         let mut records = vec![0; geometry.slots() as usize * RECORD_LEN];
         if file.read_exact_at(&mut records, RECORDS_AT).is_err() {
-            return Ok(None);
+            return Ok(Opened::Useless);
         }
         let (records, _) = records.as_chunks::<RECORD_LEN>();
         let ids: Vec<_> = records.iter().map(decode_record).collect();
@@ -141,7 +149,7 @@ impl Slab {
                 slab.set_id(slot as u32, id);
             }
         }
-        Ok(Some((slab, ids)))
+        Ok(Opened::Slab(slab, ids))
     }
 
     fn map(
@@ -151,14 +159,19 @@ impl Slab {
         file: File,
         lock: Arc<DirLock>,
     ) -> io::Result<Slab> {
-        // SAFETY: the file is private to this process: mode 0600, in a directory it holds the lock of. It writes a slot only while no
-        // reference into it exists (no pins), and never shortens the file.
+        // SAFETY: the file is private to this process: mode 0600, in a directory it holds the lock of. It writes a
+        // slot only while no reference into it exists (no pins), and never shortens the file.
         let map = unsafe { MmapOptions::new().len(geometry.file_len() as usize).map(&file)? };
-        // No read-ahead: a page in memory shall be one that this process wrote or verified. Only advice, so an error changes nothing.
+        // No read-ahead: a page in memory shall be one that this process wrote or verified. Only advice, so an error
+        // changes nothing.
         let _ = map.advise(memmap2::Advice::Random);
         let _ = rustix::fs::fadvise(&file, 0, None, Advice::Random);
         let slots = (0..geometry.slots())
-            .map(|_| Slot { id: [const { AtomicU64::new(0) }; 4], state: AtomicU32::new(0) })
+            .map(|_| Slot {
+                id: [const { AtomicU64::new(0) }; 4],
+                state: AtomicU32::new(0),
+                resident_at: AtomicU32::new(0),
+            })
             .collect();
         Ok(Slab { number, geometry, path, file, map, slots, _lock: lock })
     }
@@ -199,7 +212,8 @@ impl Slab {
         &self.map[at..at + self.geometry.chunk().len()]
     }
 
-    /// Writes a chunk into a slot that is in no index and has no pins. On error the slot is free, on the disk too unless that failed as well.
+    /// Writes a chunk into a slot that is in no index and has no pins. On error the slot is free, on the disk too
+    /// unless that failed as well.
     pub(super) fn fill(&self, slot: u32, id: &ChunkId, content: &[u8]) -> io::Result<()> {
         assert_eq!(content.len(), self.geometry.chunk().len(), "the writer chose a slab of the chunk's size");
         // Record to zeros, bytes, record: a process killed in between leaves a free slot (FORMAT.md).
@@ -214,9 +228,11 @@ impl Slab {
         self.file.write_all_at(&[0; RECORD_LEN], self.geometry.record_at(slot))
     }
 
-    /// Reads the slot with pread, so that a bad sector is an error and not a signal, and checks it against its id. The caller holds a pin.
+    /// Reads the slot with pread, so that a bad sector is an error and not a signal, and checks it against its id.
+    /// The caller holds a pin.
     pub(super) fn check(&self, slot: u32) -> bool {
         let mut content = vec![0; self.geometry.chunk().len()];
+        self.slots[slot as usize].resident_at.store(0, Ordering::Relaxed);
         match self.file.read_exact_at(&mut content, self.geometry.slot_at(slot)) {
             Ok(()) => ChunkId::of(&content) == self.id(slot),
             Err(error) => {
@@ -226,20 +242,36 @@ impl Slab {
         }
     }
 
-    /// Whether the pages under `range` of the slot are in memory. One system call. `true` where the system can't tell.
+    /// Whether the pages under `range` of the slot are in memory. If the whole slot was within this second, that is
+    /// taken for an answer: a system call for each read would cost more than the rest of the lookup.
     pub(super) fn is_resident(&self, slot: u32, range: Range<usize>) -> bool {
         let chunk = self.bytes(slot);
-        let Some(wanted) = chunk.get(range).filter(|wanted| !wanted.is_empty()) else { return true };
+        let resident_at = &self.slots[slot as usize].resident_at;
+        let now = now();
+        if resident_at.load(Ordering::Relaxed) == now {
+            return true;
+        }
+        if self.pages_resident(chunk) {
+            resident_at.store(now, Ordering::Relaxed);
+            return true;
+        }
+        chunk.get(range).is_none_or(|wanted| self.pages_resident(wanted))
+    }
+
+    /// Asks the system for the pages under `wanted`, which lies in one slot. `true` where it can't tell.
+    fn pages_resident(&self, wanted: &[u8]) -> bool {
         let page = rustix::param::page_size();
         let start = wanted.as_ptr().addr() & !(page - 1);
         let length = wanted.as_ptr().addr() + wanted.len() - start;
-        let mut resident = [0u8; MAX_PAGES];
         let pages = length.div_ceil(page);
-        debug_assert!(pages <= MAX_PAGES, "slots are page aligned and at most 1 MiB");
-        // SAFETY: start is page aligned and [start, start + length) lies in this mapping, which lives as long as self; `resident` has a byte for each
-        // page: slots are page aligned, so a range within one covers at most MAX_PAGES pages.
+        let mut resident = [0u8; MAX_PAGES];
+        if pages == 0 || pages > MAX_PAGES {
+            return true;
+        }
+        // SAFETY: start is page aligned and [start, start + length) lies in this mapping, which lives as long as
+        // self; `resident` has a byte for each of its pages, as was just checked.
         let done = unsafe { libc::mincore(start as *mut libc::c_void, length, resident.as_mut_ptr()) };
-        done != 0 || resident[..pages.min(MAX_PAGES)].iter().all(|page| page & 1 != 0)
+        done != 0 || resident[..pages].iter().all(|page| page & 1 != 0)
     }
 
     /// Deletes the file; its space is given back when the last reference goes.
@@ -248,6 +280,12 @@ impl Slab {
             tracing::warn!(slab = %self.path.display(), %error, "can't delete the cache slab");
         }
     }
+}
+
+/// The current second of a clock that only goes forward, never 0. Coarse, so that it costs no system call.
+fn now() -> u32 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::MonotonicCoarse);
+    (now.tv_sec as u32).saturating_add(1)
 }
 
 /// An id as the four words a slot keeps it in.

@@ -21,7 +21,8 @@ pub struct CacheStats {
     pub healed: u64,
     /// Chunks that made room for others.
     pub evicted: u64,
-    /// Chunks that were served from memory and not kept: no place on the disk, all of the limit in use, or the write queue full.
+    /// Chunks that were served from memory and not kept: no place on the disk, all of the limit in use, or the write
+    /// queue full.
     pub heap_fallbacks: u64,
     /// Bytes of chunks on the disk.
     pub used: ByteLen,

@@ -1,12 +1,15 @@
-//! The one thread that writes: it finds each new chunk a slot, by growing, evicting or taking a slab from another size, and puts it there.
+//! The one thread that writes: it finds each new chunk a slot, by growing, evicting or taking a slab from another
+//! size, and puts it there.
 //!
 //! Enters: verified chunks that are already being served from memory. Leaves: their slots in the index.
-//! Invariants: only this thread fills slots, evicts and makes or deletes slabs, so its books need no lock; the slab files never take more than the
-//! limit; it writes only into slots that are in no index and have no pins.
+//! Invariants: only this thread fills slots, evicts and makes or deletes slabs, so its books need no lock; the slab
+//! files never take more than the limit; it writes only into slots that are in no index and have no pins.
 //!
-//! The policy. A free slot first; then a new slab, while limit and disk allow; then CLOCK over the slabs of that chunk size (a chunk that was used since the hand
-//! last passed gets another round; one that was only brought in does not, so a scan does not wash out what is used). A chunk size that has less than an eighth
-//! of the space takes a whole slab from the size that has most, before it evicts its own. If every slot is pinned the chunk stays in memory.
+//! The policy. A free slot first; then a new slab, while limit and disk allow; then CLOCK over the slabs of that
+//! chunk size (a chunk that was used since the hand last passed gets another round; one that was only brought in does
+//! not, so a scan does not wash out what is used). A chunk size that has less than an eighth of the space takes a
+//! whole slab from the size that has most, before it evicts its own. If every slot is pinned the chunk stays in
+//! memory.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,11 +18,11 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 
 use rustix::io::Errno;
-use tokio::sync::OwnedSemaphorePermit;
 
 use super::Inner;
 use super::index::{Evicted, Place};
 use super::lock::DirLock;
+use super::queue::Room;
 use super::slab::{BAD, FILLED, PINS, Slab};
 use super::stats::{count, discount, value};
 use crate::format::cache_index::{MIN_SLAB_LOG2, SlabGeometry};
@@ -32,11 +35,11 @@ const SMALLER_SLABS: u8 = 4;
 /// A chunk size with less than 1/8 of the space may take a slab from another.
 const FAIR_SHARE: u64 = 8;
 
-/// A chunk to be written. The permit is its room in the queue: it goes back when the job is done.
+/// A chunk to be written. Its room in the queue is given back when the job is done.
 pub(super) struct Job {
     pub(super) chunk: VerifiedChunk,
     pub(super) size: ChunkSize,
-    pub(super) permit: OwnedSemaphorePermit,
+    pub(super) room: Room,
 }
 
 /// The slabs of one chunk size.
@@ -115,12 +118,12 @@ impl Writer {
 
     /// Writes until the senders are gone and the queue is empty.
     pub(super) fn run(mut self, jobs: Receiver<Job>) {
-        while let Ok(Job { chunk, size, permit }) = jobs.recv() {
+        while let Ok(Job { chunk, size, room }) = jobs.recv() {
             if !self.store(&chunk, size) {
                 count(&self.inner.counters.heap_fallbacks, 1);
                 self.inner.index.shard(&chunk.id()).staged.remove(&chunk.id());
             }
-            drop(permit);
+            drop(room);
         }
     }
 
@@ -134,8 +137,8 @@ impl Writer {
         let id = chunk.id();
         if let Err(error) = slab.fill(slot, &id, chunk.content()) {
             if is_full(&error) {
+                // Not given back: the hand comes by it, and until then slots that have their space are used.
                 self.pause_growth(&error);
-                self.give_back(size, place);
             } else {
                 // The slot is in no index and has no pins: nobody else looks at its state.
                 slab.slot(slot).state.store(BAD, Ordering::Relaxed);

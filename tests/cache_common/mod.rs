@@ -1,12 +1,12 @@
 //! Shared by the cache tests: chunks made from a number, a repeatable generator, caches in temporary directories.
 
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use horcrux::cache::{Cache, CacheOptions, ChunkRef};
+use horcrux::cache::{Cache, CacheError, CacheOptions, ChunkRef};
 use horcrux::format::{ChunkId, ChunkSize, VerifiedChunk};
 use horcrux::units::ByteLen;
 
@@ -61,9 +61,18 @@ pub fn id(n: u64, size: ChunkSize) -> ChunkId {
     ChunkId::of(&content(n, size))
 }
 
+/// Opens a cache. An earlier one's last reference may still be on its way out in a background task: that is waited for.
 pub fn open(dir: &Path, mib: u64) -> Arc<Cache> {
     let options = CacheOptions { keep_free: Some(ByteLen(0)), ..CacheOptions::new(ByteLen(mib << 20)) };
-    Cache::open(dir, options).unwrap()
+    let patience = Instant::now() + Duration::from_secs(10);
+    loop {
+        match Cache::open(dir, options) {
+            Err(CacheError::InUse { .. }) if Instant::now() < patience => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            opened => return opened.unwrap(),
+        }
+    }
 }
 
 /// The chunk, fetched from nowhere but `content`.
