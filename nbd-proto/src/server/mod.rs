@@ -58,12 +58,14 @@
 //! ```
 
 mod error;
+mod event;
 mod handshake;
 mod option;
 mod reply;
 mod transmission;
 
 pub use error::StreamError;
-pub use handshake::{Config, Event, Handshake, Lookup, Negotiated, Purpose, Refusal, Tls};
+pub use event::{Config, Event, Lookup, Negotiated, Purpose, Refusal, Tls};
+pub use handshake::Handshake;
 pub use reply::{Chunks, Replies};
 pub use transmission::{Decoded, Transmission};
