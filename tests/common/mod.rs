@@ -134,3 +134,22 @@ pub async fn read_all(version: &Version) -> Result<Vec<u8>, RepoError> {
     }
     Ok(bytes)
 }
+
+/// Every chunk of a version that is not zeros, by its number on the device.
+pub async fn read_chunks(
+    version: &Version,
+) -> Result<std::collections::BTreeMap<u64, horcrux::format::VerifiedChunk>, RepoError> {
+    let commit = version.commit();
+    let per_block = u64::from(commit.block_size.chunks(commit.chunk_size));
+    let mut chunks = std::collections::BTreeMap::new();
+    let mut from = BlockIndex(0);
+    while let Some((block, _)) = version.next_block(from, BlockIndex(u64::MAX)).await? {
+        let table = version.table(block).await?.expect("next_block names blocks that have a table");
+        let locations: Vec<_> = table.entries().iter().map(|entry| table.location(entry)).collect();
+        for (entry, chunk) in table.entries().iter().zip(version.fetch(&locations).await) {
+            chunks.insert(block.0 * per_block + u64::from(entry.index), chunk?);
+        }
+        from = BlockIndex(block.0 + 1);
+    }
+    Ok(chunks)
+}
