@@ -4,4 +4,5 @@
 //! `nbd` (server shell) > `volume` > `device` > `delta`, `cache` > `repo` > `store` > `format` > `units`;
 //! `image` makes images and stands on `repo`.
 
+pub mod image;
 pub mod units;
