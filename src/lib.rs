@@ -10,6 +10,7 @@ pub mod delta;
 pub mod device;
 pub mod durable;
 pub mod format;
+pub mod image;
 pub mod lock;
 pub mod nbd;
 pub mod repo;
