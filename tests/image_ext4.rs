@@ -192,6 +192,10 @@ struct Counting {
 }
 
 impl ImageSink for Counting {
+    fn begin(&mut self, _device: ByteLen) -> Result<(), SinkError> {
+        Ok(())
+    }
+
     fn data(&mut self, bytes: &[u8]) -> Result<(), SinkError> {
         self.data += bytes.len() as u64;
         Ok(())

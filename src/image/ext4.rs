@@ -144,7 +144,7 @@ pub(crate) fn emit(
     let runs = data_runs(&layout, &files);
     drop(files);
 
-    let mut stream = Stream::new(sink);
+    let mut stream = Stream::begin(sink, plan.device)?;
     let first = runs.first().map_or(u64::MAX, |run| run.start);
     let mut capture = Capture { stream: &mut stream, until: first, later: Vec::new(), failed: None };
     let written = layout.writer(&mut capture).map(|_| ());

@@ -83,7 +83,7 @@ pub(crate) fn emit(
     adjust(&file, tree, options)?;
 
     progress.enter(Phase::Read);
-    let mut stream = Stream::new(sink);
+    let mut stream = Stream::begin(sink, plan.device)?;
     let failed = |error| ImageError::scratch("read it", dir)(error);
     raw::copy(&file, plan.device.value(), &mut stream, progress, |_| {}, failed)?;
     stream.hole_to(ByteOffset(plan.device.value()))?;

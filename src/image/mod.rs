@@ -18,6 +18,7 @@
 //! that went through mke2fs is the same for the same directory but may differ for a copy of it. In XFS images only the
 //! UUID is fixed: the kernel stamps change and birth times.
 
+mod commit_sink;
 mod dirs;
 mod error;
 mod ext4;
@@ -39,6 +40,7 @@ mod xfs;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+pub use commit_sink::CommitSink;
 pub use error::{ImageError, UNREADABLE_NAMED_MAX};
 pub use note::{Mke2fsReason, NOTE_EXAMPLES_MAX, Note, NoteKind};
 pub use progress::{Phase, Progress};

@@ -63,7 +63,7 @@ pub fn image_from_file(
 
     progress.to_read(len);
     progress.enter(Phase::Read);
-    let mut stream = Stream::new(sink);
+    let mut stream = Stream::begin(sink, device_size)?;
     copy(&file, len, &mut stream, progress, |bytes| progress.read(bytes), read)?;
     stream.hole_to(ByteOffset(device_size.value()))?;
     let after = stamp_of(file.as_fd()).map_err(|error| read(error.into()))?;

@@ -21,6 +21,11 @@ impl SinkError {
         SinkError(Box::new(source))
     }
 
+    /// The same from an error that is boxed already.
+    pub fn from_boxed(source: Box<dyn std::error::Error + Send + Sync>) -> SinkError {
+        SinkError(source)
+    }
+
     /// The wrapped error, for a caller that knows its own type.
     pub fn into_inner(self) -> Box<dyn std::error::Error + Send + Sync> {
         self.0
@@ -49,6 +54,9 @@ impl From<io::Error> for SinkError {
 ///
 /// Calls are not aligned to anything. After an error no further call is made.
 pub trait ImageSink: Send {
+    /// Tells the device's size, before anything else and once.
+    fn begin(&mut self, device: ByteLen) -> Result<(), SinkError>;
+
     /// Appends bytes. They may well be zero: only [`ImageSink::hole`] promises that they are.
     fn data(&mut self, bytes: &[u8]) -> Result<(), SinkError>;
 
@@ -78,6 +86,10 @@ impl FileSink {
 }
 
 impl ImageSink for FileSink {
+    fn begin(&mut self, _device: ByteLen) -> Result<(), SinkError> {
+        Ok(())
+    }
+
     fn data(&mut self, bytes: &[u8]) -> Result<(), SinkError> {
         self.file.write_all_at(bytes, self.at)?;
         self.at += bytes.len() as u64;
@@ -97,8 +109,9 @@ pub(crate) struct Stream<'s> {
 }
 
 impl<'s> Stream<'s> {
-    pub(crate) fn new(sink: &'s mut dyn ImageSink) -> Stream<'s> {
-        Stream { sink, at: 0 }
+    pub(crate) fn begin(sink: &'s mut dyn ImageSink, device: ByteLen) -> Result<Stream<'s>, SinkError> {
+        sink.begin(device)?;
+        Ok(Stream { sink, at: 0 })
     }
 
     /// Where the next byte goes.

@@ -81,7 +81,7 @@ pub(crate) fn emit(
         other => other?,
     }
 
-    let mut stream = Stream::new(sink);
+    let mut stream = Stream::begin(sink, device)?;
     let failed = |error| ImageError::scratch("read it", dir)(error);
     raw::copy(&file, device.value(), &mut stream, progress, |_| {}, failed)?;
     stream.hole_to(ByteOffset(device.value()))?;
