@@ -117,7 +117,11 @@ pub fn replace_file(target: &Path, bytes: &[u8]) -> io::Result<()> {
 
 /// Makes the names in a directory durable.
 pub fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
+    match File::open(dir)?.sync_all() {
+        // Some network and FUSE filesystems have no fsync for directories: they send each change of a name to their server at once.
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+        other => other,
+    }
 }
 
 /// Makes `dir` and what is missing above it, and makes each name durable, whoever made it: a directory that another process

@@ -1,4 +1,5 @@
 //! A damaged object is named and never served; other objects keep serving.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
 mod common;
 
@@ -73,8 +74,11 @@ fn needed(runtime: &Runtime, memory: &MemStore) -> Vec<(Key, usize)> {
         .collect()
 }
 
-fn expect_named(runtime: &Runtime, memory: &MemStore, key: &Key, what: &str) {
+/// A zstd frame has bits that no decoder looks at. With one of them flipped a chunk is still the chunk its id names, and may be served;
+/// anything else must be an error.
+fn expect_named(runtime: &Runtime, memory: &MemStore, key: &Key, what: &str, truth: &Chunks) {
     match runtime.block_on(read(memory)) {
+        Ok(chunks) if key.as_str().contains("/blocks/") && what.contains("flipped") && chunks == *truth => {}
         Ok(_) => panic!("{key}: {what}: read as if nothing were wrong"),
         Err(error) => {
             let text = error.to_string();
@@ -102,7 +106,7 @@ fn every_object_that_is_cut_flipped_zeroed_emptied_or_gone_is_named() {
         cuts.extend([0, first, end - 1]);
         for cut in cuts {
             memory.overwrite(key, good.slice(..cut));
-            expect_named(&runtime, &memory, key, &format!("cut to {cut} of {}", good.len()));
+            expect_named(&runtime, &memory, key, &format!("cut to {cut} of {}", good.len()), &chunks);
         }
         let mut flips: Vec<usize> = (0..60).map(|_| rng.random_range(first..*end)).collect();
         flips.extend([first, end - 1]);
@@ -110,12 +114,12 @@ fn every_object_that_is_cut_flipped_zeroed_emptied_or_gone_is_named() {
             let mut bad = good.to_vec();
             bad[at] ^= 1 << rng.random_range(0..8);
             memory.overwrite(key, bad);
-            expect_named(&runtime, &memory, key, &format!("bit of byte {at} flipped"));
+            expect_named(&runtime, &memory, key, &format!("bit of byte {at} flipped"), &chunks);
         }
         memory.overwrite(key, vec![0; good.len()]);
-        expect_named(&runtime, &memory, key, "zeros");
+        expect_named(&runtime, &memory, key, "zeros", &chunks);
         memory.overwrite(key, Bytes::from_static(b"<html>502 Bad Gateway</html>"));
-        expect_named(&runtime, &memory, key, "an error page");
+        expect_named(&runtime, &memory, key, "an error page", &chunks);
         memory.overwrite(key, good);
     }
     assert!(runtime.block_on(read(&memory)).unwrap() == chunks);

@@ -1,4 +1,5 @@
 //! What was written is what is read; what is known is not stored again.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! A writer that is stopped anywhere leaves the old version; of two that race, one wins and the other is told.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
 mod common;
 
@@ -161,7 +162,7 @@ fn a_full_disk_is_said_plainly_and_leaves_no_ref() {
         params.block_size = horcrux::format::BlockSize::from_log2(block_log2).unwrap();
         let mut writer = ImageWriter::new(runtime.handle(), &repo, &image(name), params).unwrap();
         let failed = noise.chunks(100_000).find_map(|piece| writer.data(piece).err());
-        let error = failed.map_or_else(|| writer.finish(meta()).unwrap_err(), |error| error);
+        let error = failed.unwrap_or_else(|| writer.finish(meta()).unwrap_err());
         assert!(matches!(error, RepoError::Store(StoreError::NoSpace { .. })), "{error}");
         assert!(error.to_string().contains("no space left"), "{error}");
     }

@@ -1,4 +1,5 @@
 //! Every store keeps the contract written on the trait.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
 #[path = "common/store_contract.rs"]
 mod contract;

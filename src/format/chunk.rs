@@ -36,6 +36,7 @@ impl ChunkSize {
     }
 
     /// The size in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a size, and never zero")]
     pub const fn len(self) -> usize {
         1 << self.0
     }

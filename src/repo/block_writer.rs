@@ -156,13 +156,8 @@ impl SealedBlock {
     }
 
     /// The object's length.
-    pub fn len(&self) -> ByteLen {
+    pub fn object_len(&self) -> ByteLen {
         self.len
-    }
-
-    /// Whether the object has no bytes: never, it has a header.
-    pub fn is_empty(&self) -> bool {
-        self.len.0 == 0
     }
 
     /// Makes the object visible and durable.

@@ -181,7 +181,7 @@ pub enum RepoError {
         /// How.
         why: &'static str,
     },
-    /// A chunk could not be compressed, or a thread not be started.
+    /// A thread or its compressor could not be started.
     #[error("the image writer can't {operation}")]
     WriterSystem {
         /// What it tried.

@@ -93,6 +93,12 @@ impl Repository {
         Ok(Repository { inner: Arc::new(Inner { store, format }) })
     }
 
+    /// A repository that was opened on this host before, by the id it had then, without asking the store: for volumes that start with the
+    /// store away. What is read from it is verified as ever.
+    pub fn opened_before(store: Arc<dyn Store>, id: [u8; 16]) -> Repository {
+        Repository { inner: Arc::new(Inner { store, format: RepositoryFormat { id } }) }
+    }
+
     /// Opens a repository, or makes one in an empty place.
     pub async fn open_or_create(store: Arc<dyn Store>, id: [u8; 16]) -> Result<Repository, RepoError> {
         match Repository::create(store.clone(), id).await {

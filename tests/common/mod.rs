@@ -1,4 +1,5 @@
 //! What the repository tests share: a runtime, seeded images, writing and reading them whole.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::sync::Arc;

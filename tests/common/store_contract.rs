@@ -1,4 +1,5 @@
 //! The contract of `Store` as tests: every store runs all of it.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
 use std::future::Future;
 use std::sync::Arc;

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 
 use parking_lot::Mutex;
@@ -94,28 +95,50 @@ impl Assembler {
     }
 
     /// Runs until all chunks are through. Buffers go back by `pool`; that nobody wants them any more is no error.
+    ///
+    /// However it ends, nothing of it is being written any more when it returns.
     pub(super) fn run(
         mut self,
+        chunks: InOrder,
+        pool: &SyncSender<Buffers>,
+        given_up: &AtomicBool,
+    ) -> Result<Assembled, RepoError> {
+        let assembled = self.assemble(chunks, pool, given_up);
+        for Finishing { object, .. } in self.finishing.drain(..) {
+            // Objects of a write that failed: whether they became visible is the same to everyone.
+            let _ = object.map(|object| self.handle.block_on(object));
+        }
+        assembled?;
+        let (map, nodes) = self.handle.block_on(self.map.finish())?;
+        self.stats.nodes = nodes;
+        Ok(Assembled { map, stats: self.stats })
+    }
+
+    /// Takes all chunks and settles all blocks.
+    fn assemble(
+        &mut self,
         mut chunks: InOrder,
         pool: &SyncSender<Buffers>,
-    ) -> Result<Assembled, RepoError> {
+        given_up: &AtomicBool,
+    ) -> Result<(), RepoError> {
         let lost = |WorkerLost| RepoError::WriterStopped { why: "a compression thread ended" };
         while let Some(Done { mut job, finding }) = chunks.next().map_err(lost)? {
-            let finding = finding.map_err(|error| RepoError::WriterSystem {
-                operation: "compress a chunk",
-                source: Arc::new(error),
-            })?;
+            if given_up.load(Ordering::Relaxed) {
+                break;
+            }
             self.chunk(job.index, finding, &mut job.buffers)?;
             let _ = pool.send(job.buffers);
+        }
+        // The chunks also end where the caller went away without finishing.
+        if given_up.load(Ordering::Relaxed) {
+            return Err(RepoError::WriterStopped { why: "it was given up" });
         }
         self.close_block()?;
         self.drop_parent_blocks_before(None)?;
         while !self.finishing.is_empty() {
             self.settle_one()?;
         }
-        let (map, nodes) = self.handle.block_on(self.map.finish())?;
-        self.stats.nodes = nodes;
-        Ok(Assembled { map, stats: self.stats })
+        Ok(())
     }
 
     fn chunk(&mut self, index: ChunkIndex, finding: Finding, buffers: &mut Buffers) -> Result<(), RepoError> {
@@ -213,7 +236,7 @@ impl Assembler {
         let sealed = writer.seal();
         self.known.lock().seal_object(slot, sealed.table().object);
         self.stats.objects += 1;
-        self.stats.stored_bytes += sealed.len().0;
+        self.stats.stored_bytes += sealed.object_len().0;
         let object = self.handle.spawn(sealed.finish());
         self.push(Finishing { index, table: None, object: Some(object) })
     }

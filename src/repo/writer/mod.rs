@@ -14,6 +14,7 @@ mod known;
 mod pipeline;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 
@@ -31,7 +32,8 @@ use super::{
 use crate::format::{BlockSize, ChunkSize, Commit, CommitId, Filesystem, MapRoot, Timestamp};
 use crate::units::{BlockIndex, ByteLen, ChunkIndex, PAGE_SIZE};
 
-/// The zstd level where none is given. Measured on /usr (see benches): level 1 costs a quarter of level 3's time for 4% more bytes.
+/// The zstd level where none is given. On 1.3 GB of /usr/lib, in chunks of 128 KiB, level 3 takes 1.2 times as long as level 1 for 3% fewer
+/// bytes, and level -1 is hardly faster for 8% more.
 pub const DEFAULT_LEVEL: i32 = 1;
 /// Threads that hash and compress, at most.
 pub const MAX_THREADS: usize = 64;
@@ -130,6 +132,8 @@ struct Pipeline {
     pool: Receiver<Buffers>,
     workers: Vec<JoinHandle<()>>,
     assembler: JoinHandle<Result<Assembled, RepoError>>,
+    /// Set before the channels close where nothing shall come of it.
+    given_up: Arc<AtomicBool>,
 }
 
 /// Writes an image. Blocking: for a plain thread, or `spawn_blocking`; never for an async task. The runtime behind its handle is a
@@ -357,7 +361,7 @@ impl Drop for ImageWriter {
 impl Pipeline {
     /// Lets the threads finish what they have.
     fn join(self) -> Result<Assembled, RepoError> {
-        let Pipeline { jobs, pool, workers, assembler } = self;
+        let Pipeline { jobs, pool, workers, assembler, given_up: _ } = self;
         drop(jobs);
         let assembled = assembler.join();
         drop(pool);
@@ -371,7 +375,8 @@ impl Pipeline {
 
     /// Ends the threads without finishing.
     fn abort(self) {
-        // Whatever they still have in hand is an object or a node that nobody will name.
+        self.given_up.store(true, Ordering::Relaxed);
+        // The error says that it was given up, which the caller knows.
         let _ = self.join();
     }
 }
@@ -399,6 +404,7 @@ fn start(
         let _ = pool_return.send(empty);
     }
     let job_queue = Arc::new(Mutex::new(job_queue));
+    let given_up = Arc::new(AtomicBool::new(false));
     let mut workers = Vec::new();
     for number in 0..params.threads.clamp(1, MAX_THREADS) {
         let (job_queue, results, known, packer) =
@@ -411,9 +417,12 @@ fn start(
     let assembler = Assembler::new(handle.clone(), target, parent, known, packer()?, map);
     let assembler = std::thread::Builder::new()
         .name("assemble".into())
-        .spawn(move || assembler.run(InOrder::new(result_queue), &pool_return))
+        .spawn({
+            let given_up = given_up.clone();
+            move || assembler.run(InOrder::new(result_queue), &pool_return, &given_up)
+        })
         .map_err(system("start a thread"))?;
-    Ok(Pipeline { jobs, pool, workers, assembler })
+    Ok(Pipeline { jobs, pool, workers, assembler, given_up })
 }
 
 fn check_size(size: ByteLen) -> Result<(), RepoError> {

@@ -58,7 +58,7 @@ pub(super) enum Finding {
 #[derive(Debug)]
 pub(super) struct Done {
     pub(super) job: Job,
-    pub(super) finding: std::io::Result<Finding>,
+    pub(super) finding: Finding,
 }
 
 /// Compresses chunks; one per thread.
@@ -105,7 +105,7 @@ pub(super) fn work(
         let job = jobs.lock().recv();
         let Ok(mut job) = job else { return };
         let finding = examine(&mut job.buffers, known, &mut packer);
-        if results.send(Done { job, finding: Ok(finding) }).is_err() {
+        if results.send(Done { job, finding }).is_err() {
             return;
         }
     }
