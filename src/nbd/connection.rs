@@ -1,41 +1,41 @@
-//! One connection in its transmission phase.
+//! One connection in its transmission phase, on a thread of its own.
 //!
 //! Enters: bytes of a socket. Leaves: replies. Invariant: what is held for a client is bounded ([`MAX_IN_FLIGHT`], [`MAX_IN_FLIGHT_BYTES`],
 //! [`MAX_OUTPUT`]); when a bound is reached no more is read from it until something has left.
 //!
-//! Payloads of writes are used where they were received if they are there whole, else received straight into a buffer of their own.
+//! While nothing is in flight the thread waits in the receive call itself: a warm request costs one receive and one send and no other system call. Payloads of
+//! writes are used where they were received if they are there whole, else received straight into a buffer of their own.
 
-use std::future::{Future, poll_fn};
-use std::io;
-use std::pin::Pin;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use nbd_proto::server::{Decoded, Replies, StreamError, Transmission};
 use nbd_proto::{Command, Errno, ExportFacts, Request, validate};
-use tokio::io::AsyncWrite;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno as SystemError;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
-use tokio_util::io::poll_read_buf;
 use tokio_util::sync::CancellationToken;
 
 use super::export::Export;
 use super::handshake::Chosen;
-use super::listener::Stream;
+use super::mailbox::Mailbox;
 use super::output::{MAX_SLICES, Output};
 use super::peers::Membership;
+use super::received::Received;
 use super::reply::{self, Outcome};
 use super::request::{self, ContextKind, Rest};
 
-/// Bytes received at a time: 64 writes of 4 KiB.
-const RECEIVE_BUFFER: usize = 256 << 10;
 /// Requests that wait for something, of one connection.
 const MAX_IN_FLIGHT: usize = 256;
-/// Bytes those requests are about.
+/// Bytes those requests are about; one more request may go past it.
 const MAX_IN_FLIGHT_BYTES: u64 = 64 << 20;
-/// Bytes of replies the client has not taken.
+/// Bytes of replies the client has not taken; one more reply may go past it.
 const MAX_OUTPUT: u64 = 8 << 20;
+/// A payload buffer larger than this is given back after its use.
+const KEEP_PAYLOAD: usize = 4 << 20;
 
 /// Why a connection ended before its client was done.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +53,9 @@ pub enum ConnectionError {
 pub enum End {
     /// The client said it disconnects.
     Disconnected,
-    /// The client closed the socket without saying so.
+    /// The client closed the socket between requests, without saying so.
+    Closed,
+    /// The client closed the socket with requests in flight or half sent.
     Vanished,
     /// The server stops.
     Stopped,
@@ -62,10 +64,10 @@ pub enum End {
 /// What the next bytes of the client are.
 enum Receiving {
     Header,
-    /// The payload of a valid request; `buffer` has room for all of it.
+    /// The payload of a valid request: so many bytes of the payload buffer are here.
     Payload {
         request: Request,
-        buffer: BytesMut,
+        here: usize,
     },
     /// The payload of a refused one.
     Drain {
@@ -81,93 +83,114 @@ struct Finished {
 }
 
 struct Connection {
-    stream: Stream,
+    socket: OwnedFd,
     export: Arc<Export>,
     membership: Membership,
+    /// Where requests that must wait are run.
     shared: Handle,
     decoder: Transmission,
     replies: Replies,
     facts: ExportFacts,
     contexts: Arc<[(u32, ContextKind)]>,
-    input: BytesMut,
+    input: Received,
+    /// Payloads that did not come with their header; grows to the largest and is used again.
+    payload: Vec<u8>,
     receiving: Receiving,
     output: Output,
     in_flight: usize,
     in_flight_bytes: u64,
-    finished: mpsc::UnboundedReceiver<Finished>,
-    finish: mpsc::UnboundedSender<Finished>,
+    finished: Arc<Mailbox<Finished>>,
     /// Bytes were received since the other connections were last looked at.
     unchecked: bool,
 }
 
-/// Serves the client until it is done, vanishes, or `stop` is called; then finishes what is in flight. Slow requests run on `shared`.
-pub async fn run(
-    stream: Stream,
+/// Serves the client until it is done, vanishes, or `stop` is called (and [`super::peers::Peers::wake_all`] after it); then finishes what is in flight. Requests that must
+/// wait run on `shared`. Blocks: for a thread of its own.
+pub fn run(
+    socket: OwnedFd,
     chosen: Chosen,
     shared: Handle,
-    stop: CancellationToken,
+    stop: &CancellationToken,
 ) -> Result<End, ConnectionError> {
-    let Chosen { negotiated, export, mut input } = chosen;
-    let membership = export.peers().join(stream.duplicate()?);
+    let Chosen { negotiated, export, input } = chosen;
+    let membership = export.peers().join(socket.try_clone()?);
     let decoder = negotiated.transmission();
     let contexts = negotiated
         .contexts
         .iter()
         .filter_map(|context| ContextKind::of(&context.name).map(|kind| (context.id, kind)))
         .collect();
-    let (finish, finished) = mpsc::unbounded_channel();
-    input.reserve(RECEIVE_BUFFER);
     let mut connection = Connection {
-        replies: decoder.replies(),
-        facts: negotiated.facts(),
-        stream,
+        socket,
         export,
         membership,
         shared,
+        replies: decoder.replies(),
+        facts: negotiated.facts(),
         decoder,
         contexts,
-        input,
+        input: Received::starting_with(&input),
+        payload: Vec::new(),
         receiving: Receiving::Header,
         output: Output::default(),
         in_flight: 0,
         in_flight_bytes: 0,
-        finished,
-        finish,
+        finished: Arc::new(Mailbox::new()?),
         unchecked: true,
     };
-    connection.serve(stop).await
+    connection.serve(stop)
 }
 
 impl Connection {
-    async fn serve(&mut self, stop: CancellationToken) -> Result<End, ConnectionError> {
-        let mut stopped = std::pin::pin!(stop.cancelled());
+    fn serve(&mut self, stop: &CancellationToken) -> Result<End, ConnectionError> {
         let mut end = None;
+        let mut finished = Vec::new();
         loop {
-            let broken = if end.is_none() { self.process().err() } else { None };
-            if let Some(error) = broken {
+            if end.is_none()
+                && let Err(error) = self.process()
+            {
                 // What was answered before is still sent, if the client takes it at once.
-                let _ = poll_fn(|cx| Poll::Ready(self.poll_send(cx))).await;
+                let _ = self.send();
                 return Err(error.into());
+            }
+            self.finished.take(&mut finished);
+            for Finished { request, outcome } in finished.drain(..) {
+                self.in_flight -= 1;
+                self.in_flight_bytes -= request::weight(&request);
+                reply::put(&mut self.output, self.replies, &request, outcome);
+            }
+            match self.send() {
+                Err(error) if is_gone(&error) => return Ok(self.closed()),
+                other => other?,
             }
             if self.decoder.is_closed() {
                 end.get_or_insert(End::Disconnected);
+            } else if stop.is_cancelled() {
+                end.get_or_insert(End::Stopped);
             }
             if let Some(end) = end
-                && (end == End::Vanished || self.in_flight == 0 && self.output.pending() == 0)
+                && self.in_flight == 0
+                && self.output.pending() == 0
             {
                 return Ok(end);
             }
             let wants_input = end.is_none() && self.has_room();
-            let stopping = end.is_some();
-            let happened = poll_fn(|cx| {
-                if !stopping && stopped.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(Ok(Some(End::Stopped)));
-                }
-                self.poll_io(cx, wants_input)
-            })
-            .await?;
-            end = end.or(happened);
+            match self.wait(wants_input) {
+                Ok(true) => {}
+                // A stop shuts the socket for reading; that is not the client.
+                Ok(false) if stop.is_cancelled() => {}
+                Ok(false) => return Ok(self.closed()),
+                Err(error) if is_gone(&error) => return Ok(self.closed()),
+                Err(error) => return Err(error.into()),
+            }
         }
+    }
+
+    /// How it ends where the client closed the socket.
+    fn closed(&self) -> End {
+        let idle =
+            self.in_flight == 0 && self.input.is_empty() && matches!(self.receiving, Receiving::Header);
+        if idle { End::Closed } else { End::Vanished }
     }
 
     /// Whether more of the client's requests may be taken on.
@@ -178,54 +201,110 @@ impl Connection {
             && self.output.pending() < MAX_OUTPUT
     }
 
+    /// Waits until something can be done, and receives if that is it; `false` where the client has closed its end.
+    fn wait(&mut self, wants_input: bool) -> io::Result<bool> {
+        if wants_input && self.in_flight == 0 && self.output.pending() == 0 {
+            return self.receive(RecvFlags::empty());
+        }
+        let mut events = PollFlags::empty();
+        if wants_input {
+            events |= PollFlags::IN;
+        }
+        if self.output.pending() > 0 {
+            events |= PollFlags::OUT;
+        }
+        let mut asked = [
+            PollFd::new(&self.socket, events),
+            PollFd::from_borrowed_fd(self.finished.bell(), PollFlags::IN),
+        ];
+        match poll(&mut asked, None) {
+            Ok(_) | Err(SystemError::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let happened = asked[0].revents();
+        if happened.intersects(PollFlags::HUP | PollFlags::ERR) && !happened.contains(PollFlags::IN) {
+            return Ok(false);
+        }
+        if wants_input && happened.contains(PollFlags::IN) {
+            return self.receive(RecvFlags::DONTWAIT);
+        }
+        Ok(true)
+    }
+
+    /// Receives what there is, into the payload that is waited for or the input; `false` at the end of the stream.
+    #[inline]
+    fn receive(&mut self, flags: RecvFlags) -> io::Result<bool> {
+        let target = match &mut self.receiving {
+            Receiving::Payload { request, here } => &mut self.payload[*here..request.payload as usize],
+            Receiving::Header | Receiving::Drain { .. } => self.input.room(),
+        };
+        let received = match recv(&self.socket, target, flags) {
+            Ok((received, _)) => received,
+            Err(SystemError::INTR | SystemError::AGAIN) => return Ok(true),
+            Err(error) => return Err(error.into()),
+        };
+        match &mut self.receiving {
+            Receiving::Payload { here, .. } => *here += received,
+            Receiving::Header | Receiving::Drain { .. } => self.input.add(received),
+        }
+        self.unchecked = true;
+        Ok(received > 0)
+    }
+
+    /// Sends as much as the socket takes without waiting.
+    #[inline]
+    fn send(&mut self) -> io::Result<()> {
+        while self.output.pending() > 0 {
+            let mut slices: [IoSlice<'_>; MAX_SLICES] = std::array::from_fn(|_| IoSlice::new(&[]));
+            let count = self.output.slices(&mut slices);
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match sendmsg(&self.socket, &slices[..count], &mut SendAncillaryBuffer::default(), flags) {
+                Ok(sent) => self.output.advance(sent),
+                Err(SystemError::AGAIN) => break,
+                Err(SystemError::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
     /// Does what the bytes received so far ask for.
     fn process(&mut self) -> Result<(), StreamError> {
         while self.has_room() {
-            match &mut self.receiving {
+            match self.receiving {
                 Receiving::Header => {
-                    let request = match self.decoder.decode(&self.input)? {
+                    let request = match self.decoder.decode(self.input.bytes())? {
                         Decoded::Need(_) => return Ok(()),
                         Decoded::Request(request) => request,
                     };
-                    self.input.advance(self.decoder.header_len());
+                    self.input.consume(self.decoder.header_len());
                     if request.command == Command::Disc {
                         return Ok(());
                     }
-                    let verdict = validate(&request, &self.facts);
-                    let payload = request.payload as usize;
-                    match verdict {
-                        Err(errno) if payload == 0 => self.refuse(&request, errno),
-                        Err(errno) => self.receiving = Receiving::Drain { request, errno, left: payload },
-                        Ok(()) if payload <= self.input.len() => {
-                            let payload = self.input.split_to(payload);
-                            self.decoder.payload_done();
-                            self.begin(request, payload);
-                        }
-                        Ok(()) => {
-                            // Validation bounds it. What is here moves over, the rest is received into its place.
-                            let mut buffer = BytesMut::with_capacity(payload);
-                            buffer.put(self.input.split());
-                            self.receiving = Receiving::Payload { request, buffer };
-                        }
-                    }
+                    self.take_on(request);
                 }
-                Receiving::Payload { request, buffer } => {
-                    if buffer.len() < request.payload as usize {
+                Receiving::Payload { request, here } => {
+                    if here < request.payload as usize {
                         return Ok(());
                     }
-                    let (request, buffer) = (*request, std::mem::take(buffer));
                     self.receiving = Receiving::Header;
                     self.decoder.payload_done();
-                    self.begin(request, buffer);
+                    let mut payload = std::mem::take(&mut self.payload);
+                    let rest = self.begin(&request, &payload[..request.payload as usize]);
+                    if let Some(rest) = rest {
+                        payload.truncate(request.payload as usize);
+                        self.begin_task(request, Bytes::from(payload), rest);
+                    } else if payload.len() <= KEEP_PAYLOAD {
+                        self.payload = payload;
+                    }
                 }
-                Receiving::Drain { request, errno, left } => {
-                    let here = self.input.len().min(*left);
-                    self.input.advance(here);
+                Receiving::Drain { request, errno, ref mut left } => {
+                    let here = self.input.bytes().len().min(*left);
+                    self.input.consume(here);
                     *left -= here;
                     if *left > 0 {
                         return Ok(());
                     }
-                    let (request, errno) = (*request, *errno);
                     self.receiving = Receiving::Header;
                     self.decoder.payload_done();
                     self.refuse(&request, errno);
@@ -235,25 +314,64 @@ impl Connection {
         Ok(())
     }
 
+    /// A new request, its header consumed.
+    #[inline]
+    fn take_on(&mut self, request: Request) {
+        let payload_len = request.payload as usize;
+        match validate(&request, &self.facts) {
+            Err(errno) if payload_len == 0 => self.refuse(&request, errno),
+            Err(errno) => self.receiving = Receiving::Drain { request, errno, left: payload_len },
+            Ok(()) if payload_len <= self.input.bytes().len() => {
+                // Taken out for the call, which needs the rest of the connection too.
+                let input = std::mem::take(&mut self.input);
+                let payload = &input.bytes()[..payload_len];
+                if payload_len > 0 {
+                    self.decoder.payload_done();
+                }
+                if let Some(rest) = self.begin(&request, payload) {
+                    // What is left of a request that is written already needs no payload.
+                    let needed = if matches!(rest, Rest::All) { payload } else { &[] };
+                    self.begin_task(request, Bytes::copy_from_slice(needed), rest);
+                }
+                self.input = input;
+                self.input.consume(payload_len);
+            }
+            Ok(()) => {
+                // Validation bounds it. What is here moves over, the rest is received into its place.
+                if self.payload.len() < payload_len {
+                    self.payload.resize(payload_len, 0);
+                }
+                let here = self.input.bytes().len();
+                self.payload[..here].copy_from_slice(self.input.bytes());
+                self.input.consume(here);
+                self.receiving = Receiving::Payload { request, here };
+            }
+        }
+    }
+
     fn refuse(&mut self, request: &Request, errno: Errno) {
         let outcome = Outcome::Failed(errno, errno.to_string());
         reply::put(&mut self.output, self.replies, request, outcome);
     }
 
+    /// Does at once what can be done at once; tells what is left for a task.
     #[inline]
-    fn begin(&mut self, request: Request, payload: BytesMut) {
+    fn begin(&mut self, request: &Request, payload: &[u8]) -> Option<Rest> {
         if request.command.is_write() && self.unchecked {
             // The client may have sent this again after another of its connections died: what that one still has must not come after it.
             self.membership.fence_the_dead();
             self.unchecked = false;
         }
-        let fence = self.membership.fence();
-        match request::try_now(&self.export, fence, &request, &payload) {
-            Ok(outcome) => reply::put(&mut self.output, self.replies, &request, outcome),
-            Err(rest) => self.begin_task(request, payload.freeze(), rest),
-        }
+        let tried = request::try_now(&self.export, self.membership.fence(), request, payload);
         if request.command.is_write() && self.export.device().claim_unasked_commit() {
             self.commit_unasked();
+        }
+        match tried {
+            Ok(outcome) => {
+                reply::put(&mut self.output, self.replies, request, outcome);
+                None
+            }
+            Err(rest) => Some(rest),
         }
     }
 
@@ -261,11 +379,10 @@ impl Connection {
         self.in_flight += 1;
         self.in_flight_bytes += request::weight(&request);
         let (export, fence) = (self.export.clone(), self.membership.fence().clone());
-        let (contexts, finish) = (self.contexts.clone(), self.finish.clone());
+        let (contexts, finished) = (self.contexts.clone(), self.finished.clone());
         self.shared.spawn(async move {
             let outcome = request::run(export, fence, contexts, request, payload, rest).await;
-            // Nobody waits any more if the connection is gone.
-            let _ = finish.send(Finished { request, outcome });
+            finished.post(Finished { request, outcome });
         });
     }
 
@@ -277,69 +394,12 @@ impl Connection {
             }
         });
     }
+}
 
-    /// Waits until something happened; `Some` if the client went away.
-    fn poll_io(&mut self, cx: &mut Context<'_>, wants_input: bool) -> Poll<io::Result<Option<End>>> {
-        let mut happened = false;
-        while let Poll::Ready(Some(Finished { request, outcome })) = self.finished.poll_recv(cx) {
-            self.in_flight -= 1;
-            self.in_flight_bytes -= request::weight(&request);
-            reply::put(&mut self.output, self.replies, &request, outcome);
-            happened = true;
-        }
-        happened |= match self.poll_send(cx) {
-            Ok(sent) => sent,
-            // The other end is closed for writing; what it sent before does not count either.
-            Err(error) if is_gone(&error) => return Poll::Ready(Ok(Some(End::Vanished))),
-            Err(error) => return Poll::Ready(Err(error)),
-        };
-        if wants_input {
-            match self.poll_receive(cx) {
-                Poll::Ready(Ok(0)) => return Poll::Ready(Ok(Some(End::Vanished))),
-                Poll::Ready(Ok(_)) => happened = true,
-                Poll::Ready(Err(error)) if is_gone(&error) => return Poll::Ready(Ok(Some(End::Vanished))),
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-                Poll::Pending => {}
-            }
-        }
-        if happened { Poll::Ready(Ok(None)) } else { Poll::Pending }
-    }
-
-    /// Sends as much as the socket takes; tells whether that was anything.
-    fn poll_send(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
-        let mut sent = false;
-        while self.output.pending() > 0 {
-            let mut slices = Vec::with_capacity(MAX_SLICES.min(8));
-            self.output.slices(&mut slices);
-            match Pin::new(&mut self.stream).poll_write_vectored(cx, &slices) {
-                Poll::Ready(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
-                Poll::Ready(Ok(written)) => {
-                    drop(slices);
-                    self.output.advance(written);
-                    sent = true;
-                }
-                Poll::Ready(Err(error)) => return Err(error),
-                Poll::Pending => break,
-            }
-        }
-        Ok(sent)
-    }
-
-    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let Connection { stream, receiving, input, .. } = self;
-        let stream = Pin::new(stream);
-        let received = match receiving {
-            Receiving::Payload { request, buffer } => {
-                let missing = request.payload as usize - buffer.len();
-                std::task::ready!(poll_read_buf(stream, cx, &mut buffer.limit(missing)))?
-            }
-            Receiving::Header | Receiving::Drain { .. } => {
-                input.reserve(RECEIVE_BUFFER / 2);
-                std::task::ready!(poll_read_buf(stream, cx, input))?
-            }
-        };
-        self.unchecked = true;
-        Poll::Ready(Ok(received))
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // The peers list has a descriptor of this socket until the membership goes: the client is told now.
+        let _ = rustix::net::shutdown(self.socket.as_fd(), rustix::net::Shutdown::Both);
     }
 }
 

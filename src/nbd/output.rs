@@ -89,13 +89,15 @@ impl Output {
         self.pending
     }
 
-    /// The next slices to write, at most [`MAX_SLICES`].
-    pub fn slices<'a>(&'a mut self, slices: &mut Vec<IoSlice<'a>>) {
+    /// Puts the next slices to write into `slices`; tells how many.
+    pub fn slices<'a>(&'a mut self, slices: &mut [IoSlice<'a>]) -> usize {
         self.count_buffered();
         let mut at = self.sent;
-        for (number, segment) in self.segments.iter().take(MAX_SLICES).enumerate() {
-            let skip = if number == 0 { self.sent_of_first as usize } else { 0 };
-            slices.push(IoSlice::new(match segment {
+        let mut count = 0;
+        for (segment, slice) in self.segments.iter().zip(slices) {
+            let skip = if count == 0 { self.sent_of_first as usize } else { 0 };
+            count += 1;
+            *slice = IoSlice::new(match segment {
                 Segment::Buffered(len) => {
                     at += len;
                     &self.buffer[at - len..at]
@@ -103,12 +105,13 @@ impl Output {
                 Segment::Chunk(slice) => &slice[skip..],
                 Segment::Bytes(bytes) => &bytes[skip..],
                 Segment::Zero(len) => &ZEROS[..(ZEROS.len() as u64).min(len - skip as u64) as usize],
-            }));
+            });
             // A long run of zeros takes several writes; what follows it must wait.
             if matches!(segment, Segment::Zero(len) if len - skip as u64 > ZEROS.len() as u64) {
                 break;
             }
         }
+        count
     }
 
     /// `written` more bytes have gone to the kernel.
@@ -170,10 +173,10 @@ mod tests {
             }
             let mut got = Vec::new();
             while output.pending() > 0 {
-                let mut slices = Vec::new();
-                output.slices(&mut slices);
+                let mut slices: [IoSlice<'_>; MAX_SLICES] = std::array::from_fn(|_| IoSlice::new(&[]));
+                let count = output.slices(&mut slices);
                 let mut taken = 0;
-                for slice in &slices {
+                for slice in &slices[..count] {
                     let part = slice.len().min(step - taken);
                     got.extend_from_slice(&slice[..part]);
                     taken += part;
@@ -181,7 +184,6 @@ mod tests {
                         break;
                     }
                 }
-                drop(slices);
                 output.advance(taken);
             }
             assert!(got == expected, "in steps of {step}");

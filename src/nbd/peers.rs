@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -18,6 +18,8 @@ pub struct Peer {
     /// A descriptor of its own for the socket, so that it can be asked about until the connection is forgotten.
     socket: OwnedFd,
     fence: Arc<Fence>,
+    /// The server stops, and has shut the socket for reading itself.
+    woken: AtomicBool,
 }
 
 /// The connections of one export.
@@ -36,7 +38,7 @@ pub struct Membership {
 impl Peers {
     /// Enters a connection.
     pub fn join(self: &Arc<Self>, socket: OwnedFd) -> Membership {
-        let peer = Arc::new(Peer { socket, fence: Arc::new(Fence::new()) });
+        let peer = Arc::new(Peer { socket, fence: Arc::new(Fence::new()), woken: AtomicBool::new(false) });
         let mut all = self.all.lock();
         all.push(peer.clone());
         self.count.store(all.len(), Ordering::Release);
@@ -46,6 +48,15 @@ impl Peers {
     /// How many there are.
     pub fn count(&self) -> usize {
         self.count.load(Ordering::Acquire)
+    }
+
+    /// Ends every connection's wait for its client: for a stop, after everyone can see that it is one.
+    pub fn wake_all(&self) {
+        for peer in self.all.lock().iter() {
+            peer.woken.store(true, Ordering::Release);
+            // If the client has closed it already there is nothing to wake.
+            let _ = rustix::net::shutdown(&peer.socket, rustix::net::Shutdown::Read);
+        }
     }
 
     fn fence_the_dead(&self, me: &Arc<Peer>) {
@@ -60,8 +71,10 @@ impl Peers {
             .collect();
         // Zero time: it only asks. If it fails, nothing is known of anybody, and all others are taken for dead rather than trusted.
         let known = poll(&mut asked, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok();
-        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
+        let closed = PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
         for (peer, asked) in others.iter().zip(&asked) {
+            // Of a socket we shut for reading ourselves, RDHUP says nothing.
+            let gone = if peer.woken.load(Ordering::Acquire) { closed } else { closed | PollFlags::RDHUP };
             if (!known || asked.revents().intersects(gone)) && !peer.fence.is_closed() {
                 peer.fence.close();
             }

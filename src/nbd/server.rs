@@ -2,6 +2,7 @@
 //!
 //! Invariant: when [`Server::run`] returns, no connection is left, and every device is flushed.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use super::connection::{self, ConnectionError, End};
 use super::error::ServeError;
 use super::export::Export;
-use super::handshake::{self, Exports, HandshakeError};
+use super::handshake::{self, Chosen, Exports, HandshakeError};
 use super::listener::{Accepted, Listener};
 
 /// Connections at a time, over all exports; more wait to be accepted.
@@ -78,6 +79,8 @@ impl Server {
         }
         while loops.join_next().await.is_some() {}
         connections.close();
+        // No connection begins any more that does not see the stop; those that wait for their clients are woken.
+        self.exports.values().for_each(|export| export.peers().wake_all());
         if tokio::time::timeout(self.options.grace, connections.wait()).await.is_err() {
             tracing::warn!(left = connections.len(), "connections did not end in time");
         }
@@ -114,17 +117,10 @@ async fn accept(
                 continue;
             }
         };
-        let (exports, stop, shared) = (exports.clone(), stop.clone(), Handle::current());
-        // Kept by the thread, so that the server knows when the last one has ended.
+        let client = Client { exports: exports.clone(), stop: stop.clone(), shared: Handle::current() };
+        // The place and the token go with the connection, so that its end is counted.
         let token = connections.token();
-        let thread = std::thread::Builder::new().name("nbd-connection".to_owned()).stack_size(STACK);
-        let spawned = thread.spawn(move || {
-            serve(accepted, &exports, shared, stop);
-            drop((place, token));
-        });
-        if let Err(error) = spawned {
-            tracing::warn!(error = %ServeError::Thread(error), "connection refused");
-        }
+        tokio::spawn(client.serve(accepted, (place, token)));
     }
 }
 
@@ -136,23 +132,29 @@ async fn next(
     Ok((listener.accept().await?, place))
 }
 
-/// The life of one connection, on its own thread.
-fn serve(accepted: Accepted, exports: &Exports, shared: Handle, stop: CancellationToken) {
-    let client = accepted.describe();
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return tracing::warn!(client, %error, "can't serve a connection"),
-    };
-    runtime.block_on(async {
-        let mut stream = match accepted.into_stream() {
-            Ok(stream) => stream,
-            Err(error) => return tracing::warn!(client, %error, "can't serve a connection"),
+/// What a connection needs of its server.
+struct Client {
+    exports: Arc<Exports>,
+    stop: CancellationToken,
+    shared: Handle,
+}
+
+impl Client {
+    /// The life of a connection: the handshake here, then a thread of its own, which `kept` goes with.
+    async fn serve(self, accepted: Accepted, kept: impl Send + 'static) {
+        let client = accepted.describe();
+        let begun = async {
+            let mut stream = accepted.into_stream()?;
+            match handshake::run(&mut stream, &self.exports).await? {
+                Some(chosen) => Ok(Some((stream.into_blocking()?, chosen))),
+                None => Ok(None),
+            }
         };
         let chosen = tokio::select! {
-            () = stop.cancelled() => return,
-            chosen = handshake::run(&mut stream, exports) => chosen,
+            () = self.stop.cancelled() => return,
+            chosen = begun => chosen,
         };
-        let chosen = match chosen {
+        let (socket, chosen) = match chosen {
             Ok(Some(chosen)) => chosen,
             Ok(None) => return,
             Err(HandshakeError::Io(error)) => {
@@ -160,17 +162,29 @@ fn serve(accepted: Accepted, exports: &Exports, shared: Handle, stop: Cancellati
             }
             Err(error) => return tracing::warn!(client, %error, "handshake failed"),
         };
-        let export = chosen.export.name().to_owned();
-        tracing::info!(client, export, mode = ?chosen.negotiated.mode, "connected");
-        match connection::run(stream, chosen, shared, stop).await {
-            Ok(End::Vanished) => tracing::warn!(client, export, "the client vanished"),
-            Ok(end) => tracing::info!(client, export, ?end, "connection closed"),
-            Err(ConnectionError::Protocol(error)) => {
-                tracing::warn!(client, export, %error, "the client broke the protocol, connection closed");
-            }
-            Err(ConnectionError::Io(error)) => tracing::warn!(client, export, %error, "connection lost"),
+        let thread = std::thread::Builder::new().name("nbd-connection".to_owned()).stack_size(STACK);
+        let spawned = thread.spawn(move || {
+            serve(&client, socket, chosen, self.shared, &self.stop);
+            drop(kept);
+        });
+        if let Err(error) = spawned {
+            tracing::warn!(error = %ServeError::Thread(error), "connection refused");
         }
-    });
+    }
+}
+
+/// A connection's thread.
+fn serve(client: &str, socket: OwnedFd, chosen: Chosen, shared: Handle, stop: &CancellationToken) {
+    let export = chosen.export.name().to_owned();
+    tracing::info!(client, export, mode = ?chosen.negotiated.mode, "connected");
+    match connection::run(socket, chosen, shared, stop) {
+        Ok(End::Vanished) => tracing::warn!(client, export, "the client vanished in the middle of requests"),
+        Ok(end) => tracing::info!(client, export, ?end, "connection ended"),
+        Err(ConnectionError::Protocol(error)) => {
+            tracing::warn!(client, export, %error, "the client broke the protocol, connection closed");
+        }
+        Err(ConnectionError::Io(error)) => tracing::warn!(client, export, %error, "connection lost"),
+    }
 }
 
 /// Commits what nobody flushes, so that a crash loses seconds and not hours, and the log in memory stays short.
