@@ -80,6 +80,18 @@ pub enum ImageError {
         /// In which filesystem.
         fs: &'static str,
     },
+    /// A symbolic link's target is longer than the filesystem can hold.
+    #[error("{path}: a link target of {len} bytes is more than the {max} of {fs}", path = path.display())]
+    LinkTooLong {
+        /// Which.
+        path: PathBuf,
+        /// The length of its target.
+        len: ByteLen,
+        /// The most it may have.
+        max: ByteLen,
+        /// In which filesystem.
+        fs: &'static str,
+    },
     /// A file has more names than ext4 can count.
     #[error("{path}: more than {max} hard links", path = path.display())]
     TooManyLinks {

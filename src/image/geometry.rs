@@ -4,8 +4,9 @@
 //! out. Invariant: pure functions; where [`plan`] says that a tree fits, it does, because every estimate here is an
 //! upper bound.
 //!
-//! The size of a device nobody chose a size for: a quarter more than the least that holds everything, plus 64 MiB.
-//! Inodes: one for 16 KiB of device, as mke2fs has it, and at least half as many again as the tree uses plus 8192.
+//! The size of a device nobody chose a size for: a quarter more than the least that holds everything, plus 64 MiB; and
+//! enough for the inodes. Inodes: one for 16 KiB of device, as mke2fs has it, and at least half as many again as the
+//! tree uses plus 8192; on a device whose size was chosen, as many of these as it has room for.
 
 use super::tree::{BLOCK, Entry, EntryId, Kind, Tree};
 use super::xattrs::{Ext4Room, Ext4Xattr, ext4_name, for_ext4, room};
@@ -19,8 +20,10 @@ const FLEX_GROUPS: u64 = 16;
 const INODES_PER_BLOCK: u64 = 16;
 /// Bytes of device for one inode.
 const INODE_RATIO: u64 = 16384;
-/// Inodes free in an image nobody chose a size for, at least.
+/// Inodes free beside the half.
 const INODES_SPARE: u64 = 8192;
+/// Inodes that a group holds in every filesystem but the very biggest.
+const GROUP_INODES_SURE: u64 = 32_000;
 /// Inodes the filesystem takes for itself, lost+found included.
 const INODES_RESERVED: u64 = 11;
 /// Blocks of lost+found.
@@ -76,6 +79,13 @@ impl Demand {
             .map(|(id, _)| dir_blocks(records[id.0 as usize]))
             .sum::<u64>();
         Demand { blocks, inodes }
+    }
+}
+
+impl Demand {
+    /// Inodes for the tree and for what its owner will add.
+    fn wanted_inodes(&self) -> u64 {
+        self.inodes + self.inodes / 2 + INODES_SPARE
     }
 }
 
@@ -153,7 +163,10 @@ pub(crate) fn plan(demand: Demand, size: Option<ByteLen>) -> Result<Plan, ByteLe
     match size {
         None => {
             let bytes = least * BLOCK;
-            let device = (bytes + bytes / 4 + FREE_BYTES).next_multiple_of(MIB);
+            // Of small files, it is inodes that need the room: a group holds one for about 4 KiB.
+            let groups = demand.wanted_inodes().div_ceil(GROUP_INODES_SURE);
+            let device =
+                (bytes + bytes / 4 + FREE_BYTES).next_multiple_of(MIB).max(groups * GROUP_BLOCKS * BLOCK);
             // Rounding can leave a last group that is dropped again; the free space makes up for it.
             Ok(layout(demand, device).expect("a quarter and 64 MiB more than the least is enough"))
         }
@@ -230,7 +243,7 @@ impl Shape {
         let room = (GROUP_BLOCKS - 1).checked_sub(descriptor_blocks)? / FLEX_GROUPS;
         let inode_blocks_max = room.saturating_sub(2).min(u64::from(u32::MAX) / INODES_PER_BLOCK / groups);
         let per_group = |inodes: u64| inodes.div_ceil(groups).div_ceil(INODES_PER_BLOCK);
-        let wanted = per_group((blocks * BLOCK / INODE_RATIO).max(demand.inodes * 3 / 2 + INODES_SPARE));
+        let wanted = per_group((blocks * BLOCK / INODE_RATIO).max(demand.wanted_inodes()));
         let inode_blocks = wanted.min(inode_blocks_max);
         (inode_blocks >= per_group(demand.inodes)).then_some(Shape {
             blocks,

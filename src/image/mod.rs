@@ -172,7 +172,7 @@ fn ext4_from_scan(
                 Some(id) => notes.about(NoteKind::ThroughMke2fs(reason), || scan.tree.relative_path(id)),
                 None => notes.about_image(NoteKind::ThroughMke2fs(reason)),
             }
-            mke2fs::emit(scan, plan, reason, options, sink, progress)?;
+            mke2fs::emit(scan, plan, reason, options, sink, progress, notes)?;
         }
     }
     Ok(plan.device)
