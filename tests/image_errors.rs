@@ -1,5 +1,8 @@
 //! What must not become an image says so, by name; and raw images.
 
+// Helpers of tests may unwrap as tests do.
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::fs;

@@ -1,5 +1,8 @@
 //! Directories become XFS images: judged by xfs_repair and by the kernel.
 
+// Helpers of tests may unwrap as tests do.
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::fs;
@@ -28,8 +31,7 @@ fn assert_nothing_left(scratch: &Path) {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     assert!(!mounts.contains(scratch.to_str().unwrap()), "{mounts}");
     assert_eq!(fs::read_dir(scratch).unwrap().count(), 0);
-    let loops =
-        String::from_utf8(output(&mut Command::new("/sbin/losetup").arg("-a").arg("-l")).stdout).unwrap();
+    let loops = String::from_utf8(output(Command::new("/sbin/losetup").arg("-a").arg("-l")).stdout).unwrap();
     assert!(!loops.contains(scratch.to_str().unwrap()), "{loops}");
 }
 
@@ -108,4 +110,42 @@ fn without_root_an_xfs_image_helper() {
     let error = make(&dir.join("source"), &dir.join("image"), &options(&dir.join("scratch"))).unwrap_err();
     println!("{error}");
     assert_eq!(fs::read_dir(dir.join("scratch")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_kill_in_the_middle_leaves_no_mount_no_loop_device_and_no_file() {
+    if !root("an XFS image") || !tool("an XFS image", "mkfs.xfs") {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let [source, scratch] = ["source", "scratch"].map(|name| temp.path().join(name));
+    fs::create_dir(&source).unwrap();
+    fs::create_dir(&scratch).unwrap();
+    fs::write(source.join("file"), noise(200 << 20, 1)).unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "a_kill_helper"]).env("HORCRUX_TEST_KILL", temp.path());
+    let mut child = command.spawn().unwrap();
+    let loops = || String::from_utf8(output(&mut Command::new("/sbin/losetup")).stdout).unwrap();
+    let marker = scratch.to_str().unwrap();
+    let patience = |what: &str, done: &dyn Fn() -> bool| {
+        let start = std::time::Instant::now();
+        while !done() {
+            assert!(start.elapsed().as_secs() < 60, "{what}: {}", loops());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    };
+    patience("the loop device appears", &|| loops().contains(marker));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // The kernel writes back what was copied before it lets go.
+    patience("the loop device goes", &|| !loops().contains(marker));
+    assert_nothing_left(&scratch);
+}
+
+/// Killed by the test above; on its own it has nothing to do.
+#[test]
+fn a_kill_helper() {
+    let Ok(dir) = std::env::var("HORCRUX_TEST_KILL") else { return };
+    let dir = Path::new(&dir);
+    make(&dir.join("source"), &dir.join("image"), &options(&dir.join("scratch"))).unwrap();
 }

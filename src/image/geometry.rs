@@ -268,7 +268,7 @@ impl Shape {
     /// Blocks that lie in a group's own place, whoever they describe.
     fn own_blocks(&self, group: u64) -> u64 {
         let superblock = if Shape::has_superblock(group) { 1 + self.descriptor_blocks } else { 0 };
-        let tables = if group % FLEX_GROUPS == 0 {
+        let tables = if group.is_multiple_of(FLEX_GROUPS) {
             (self.groups - group).min(FLEX_GROUPS) * (2 + self.inode_blocks)
         } else {
             0

@@ -1,7 +1,8 @@
 //! What the image tests share: a tree with one of everything, commands, mounts, and a listing to compare.
 //!
 //! A test that needs root or a tool skips with a line that says so; with CI=true it fails instead.
-#![allow(dead_code)]
+// Each test binary uses a part of this; unwrap is how a test says that something must work.
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
