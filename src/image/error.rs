@@ -62,6 +62,12 @@ pub enum ImageError {
         /// The size asked for.
         given: ByteLen,
     },
+    /// The contents, or the size asked for, are beyond what a filesystem can have.
+    #[error("the directory or the size is more than an {fs} filesystem can have")]
+    TooMuch {
+        /// Which filesystem.
+        fs: &'static str,
+    },
     /// The directory holds the place the image would be written to.
     #[error("{path}: is where the image goes; it can't be inside the directory", path = path.display())]
     OutputInside {

@@ -105,8 +105,8 @@ pub(crate) fn is_lost_found(tree: &Tree, id: EntryId) -> bool {
 }
 
 /// Why this tree is not for the streaming writer, and which entry says so.
-pub(crate) fn needs_mke2fs(tree: &Tree, size: Option<ByteLen>) -> Option<(Mke2fsReason, Option<EntryId>)> {
-    if size.is_some_and(|size| size.value() > STREAMING_MAX) {
+pub(crate) fn needs_mke2fs(tree: &Tree, device: ByteLen) -> Option<(Mke2fsReason, Option<EntryId>)> {
+    if device.value() > STREAMING_MAX {
         return Some((Mke2fsReason::DeviceSize, None));
     }
     let utf8 = |bytes: &[u8]| std::str::from_utf8(bytes).is_ok();

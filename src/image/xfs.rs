@@ -54,7 +54,13 @@ pub(crate) fn emit(
     check(&scan.tree)?;
     let dir = &options.scratch_dir;
     let wanted = default_size(&scan.tree);
-    let device = options.size.map_or(wanted, |size| ByteLen(size.value().next_multiple_of(BLOCK)));
+    let device = match options.size {
+        None => wanted,
+        Some(size) => {
+            let rounded = size.value().checked_next_multiple_of(BLOCK);
+            ByteLen(rounded.ok_or(ImageError::TooMuch { fs: "XFS" })?)
+        }
+    };
     let too_big = || ImageError::TooBig { needed: wanted, given: device };
     if device.value() < DEVICE_MIN {
         return Err(ImageError::TooBig { needed: ByteLen(wanted.value().max(DEVICE_MIN)), given: device });
