@@ -62,6 +62,12 @@ pub enum ImageError {
         /// The size asked for.
         given: ByteLen,
     },
+    /// The contents, or the size asked for, are beyond what a filesystem can have.
+    #[error("the directory or the size is more than an {fs} filesystem can have")]
+    TooMuch {
+        /// Which filesystem.
+        fs: &'static str,
+    },
     /// The directory holds the place the image would be written to.
     #[error("{path}: is where the image goes; it can't be inside the directory", path = path.display())]
     OutputInside {
@@ -75,6 +81,18 @@ pub enum ImageError {
         path: PathBuf,
         /// Its size.
         size: ByteLen,
+        /// The most it may have.
+        max: ByteLen,
+        /// In which filesystem.
+        fs: &'static str,
+    },
+    /// A symbolic link's target is longer than the filesystem can hold.
+    #[error("{path}: a link target of {len} bytes is more than the {max} of {fs}", path = path.display())]
+    LinkTooLong {
+        /// Which.
+        path: PathBuf,
+        /// The length of its target.
+        len: ByteLen,
         /// The most it may have.
         max: ByteLen,
         /// In which filesystem.

@@ -7,6 +7,9 @@
 //! sequential stream needs them merged. Metadata before the first file's contents (most of it) goes straight out, the
 //! little behind it (further inode tables, backup superblocks) waits in memory. Contents lie in the order the files
 //! were declared in, so they are taken from the reader's stream as they come and no file is looked up again.
+//!
+//! Memory goes by names, some 1.5 KB each, and by the device's size: mkext4 keeps two blocks for each group of 128 MiB,
+//! which is 64 MiB for a device of 1 TiB and 1 GiB for one of 16 TiB.
 
 use std::io;
 
@@ -102,8 +105,8 @@ pub(crate) fn is_lost_found(tree: &Tree, id: EntryId) -> bool {
 }
 
 /// Why this tree is not for the streaming writer, and which entry says so.
-pub(crate) fn needs_mke2fs(tree: &Tree, size: Option<ByteLen>) -> Option<(Mke2fsReason, Option<EntryId>)> {
-    if size.is_some_and(|size| size.value() > STREAMING_MAX) {
+pub(crate) fn needs_mke2fs(tree: &Tree, device: ByteLen) -> Option<(Mke2fsReason, Option<EntryId>)> {
+    if device.value() > STREAMING_MAX {
         return Some((Mke2fsReason::DeviceSize, None));
     }
     let utf8 = |bytes: &[u8]| std::str::from_utf8(bytes).is_ok();

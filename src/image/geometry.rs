@@ -4,8 +4,9 @@
 //! out. Invariant: pure functions; where [`plan`] says that a tree fits, it does, because every estimate here is an
 //! upper bound.
 //!
-//! The size of a device nobody chose a size for: a quarter more than the least that holds everything, plus 64 MiB.
-//! Inodes: one for 16 KiB of device, as mke2fs has it, and at least half as many again as the tree uses plus 8192.
+//! The size of a device nobody chose a size for: a quarter more than the least that holds everything, plus 64 MiB; and
+//! enough for the inodes. Inodes: one for 16 KiB of device, as mke2fs has it, and at least half as many again as the
+//! tree uses plus 8192; on a device whose size was chosen, as many of these as it has room for.
 
 use super::tree::{BLOCK, Entry, EntryId, Kind, Tree};
 use super::xattrs::{Ext4Room, Ext4Xattr, ext4_name, for_ext4, room};
@@ -19,8 +20,10 @@ const FLEX_GROUPS: u64 = 16;
 const INODES_PER_BLOCK: u64 = 16;
 /// Bytes of device for one inode.
 const INODE_RATIO: u64 = 16384;
-/// Inodes free in an image nobody chose a size for, at least.
+/// Inodes free beside the half.
 const INODES_SPARE: u64 = 8192;
+/// Inodes that a group holds in every filesystem but the very biggest.
+const GROUP_INODES_SURE: u64 = 32_000;
 /// Inodes the filesystem takes for itself, lost+found included.
 const INODES_RESERVED: u64 = 11;
 /// Blocks of lost+found.
@@ -35,6 +38,8 @@ pub(crate) const EXTENTS_MAX: u64 = EXTENTS_INLINE * EXTENTS_PER_LEAF * EXTENTS_
 const FS_BLOCKS_MIN: u64 = 4096;
 /// Block numbers have 32 bits without the feature 64bit; the last group that fits whole ends here.
 const FS_BLOCKS_MAX: u64 = (u32::MAX as u64) / GROUP_BLOCKS * GROUP_BLOCKS;
+/// Where the search for a size ends: 1 EiB, what 48-bit block numbers reach.
+const DEVICE_BLOCKS_MAX: u64 = 1 << 48;
 /// What a last group must have beyond its own metadata to be worth having.
 const LAST_GROUP_SPARE: u64 = 64;
 /// The biggest device the streaming writer makes a filesystem for; bigger ones take 64-bit block numbers.
@@ -76,6 +81,13 @@ impl Demand {
             .map(|(id, _)| dir_blocks(records[id.0 as usize]))
             .sum::<u64>();
         Demand { blocks, inodes }
+    }
+}
+
+impl Demand {
+    /// Inodes for the tree and for what its owner will add.
+    fn wanted_inodes(&self) -> u64 {
+        self.inodes + self.inodes / 2 + INODES_SPARE
     }
 }
 
@@ -147,43 +159,66 @@ pub(crate) struct Plan {
     pub(crate) inodes: u32,
 }
 
-/// Plans a filesystem on a device of `size`, or of a size of its own choice. Err: the least size that holds `demand`.
-pub(crate) fn plan(demand: Demand, size: Option<ByteLen>) -> Result<Plan, ByteLen> {
-    let least = least_blocks(demand);
-    match size {
-        None => {
-            let bytes = least * BLOCK;
-            let device = (bytes + bytes / 4 + FREE_BYTES).next_multiple_of(MIB);
-            // Rounding can leave a last group that is dropped again; the free space makes up for it.
-            Ok(layout(demand, device).expect("a quarter and 64 MiB more than the least is enough"))
-        }
-        Some(size) => {
-            let device = size.value().next_multiple_of(BLOCK);
-            layout(demand, device).ok_or(ByteLen((least * BLOCK).next_multiple_of(MIB)))
-        }
-    }
+/// Why there is no plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NoPlan {
+    /// It takes a device of this size, in whole MiB.
+    Needs(ByteLen),
+    /// No ext4 filesystem we can make holds it.
+    TooMuch,
 }
 
-/// The least number of blocks a filesystem needs for `demand`: whole MiB.
-fn least_blocks(demand: Demand) -> u64 {
+/// Plans a filesystem on a device of `size`, or of a size of its own choice.
+pub(crate) fn plan(demand: Demand, size: Option<ByteLen>) -> Result<Plan, NoPlan> {
+    if let Some(size) = size {
+        let device = size.value().checked_next_multiple_of(BLOCK).ok_or(NoPlan::TooMuch)?;
+        if let Some(plan) = layout(demand, device) {
+            return Ok(plan);
+        }
+    }
+    let least = least(demand).ok_or(NoPlan::TooMuch)?;
+    if size.is_some() {
+        return Err(NoPlan::Needs(least.device));
+    }
+    let bytes = least.device.value();
+    let mut device = (bytes + bytes / 4 + FREE_BYTES).next_multiple_of(MIB);
+    // Of small files, it is inodes that need the room: a group holds one for about 4 KiB.
+    let groups = demand.wanted_inodes().div_ceil(GROUP_INODES_SURE);
+    if device.div_ceil(GROUP_BLOCKS * BLOCK) < groups {
+        device = groups * GROUP_BLOCKS * BLOCK;
+    }
+    Ok(layout(demand, device).unwrap_or(least))
+}
+
+/// The smallest filesystem that holds `demand`: whole MiB.
+fn least(demand: Demand) -> Option<Plan> {
     let mib = MIB / BLOCK;
-    let fits = |blocks: u64| layout(demand, blocks * BLOCK).is_some();
-    let mut low = FS_BLOCKS_MIN.max(demand.blocks).next_multiple_of(mib);
+    let at = |blocks: u64| layout(demand, blocks * BLOCK);
     // The filesystem's own part is a few hundredths of it and some MiB, so this ends soon; then by halves. Between two
     // sizes that fit there can be one that does not (its last group is dropped): any that fits is good.
+    let mut low = FS_BLOCKS_MIN.max(demand.blocks).next_multiple_of(mib) - mib;
     let mut step = mib;
-    while !fits(low + step) {
-        step *= 2;
-    }
+    let mut best = loop {
+        if low + step > DEVICE_BLOCKS_MAX {
+            return None;
+        }
+        match at(low + step) {
+            Some(plan) => break plan,
+            None => step *= 2,
+        }
+    };
     let mut high = low + step;
     while high - low > mib {
-        let middle = (low + (high - low) / 2).next_multiple_of(mib);
+        let middle = low + ((high - low) / 2).next_multiple_of(mib);
         if middle >= high {
             break;
         }
-        if fits(middle) { high = middle } else { low = middle }
+        match at(middle) {
+            Some(plan) => (high, best) = (middle, plan),
+            None => low = middle,
+        }
     }
-    high
+    Some(best)
 }
 
 /// The filesystem for a device, or `None` where `demand` does not fit it.
@@ -192,7 +227,7 @@ fn layout(demand: Demand, device: u64) -> Option<Plan> {
     if blocks > FS_BLOCKS_MAX && device <= STREAMING_MAX {
         blocks = FS_BLOCKS_MAX;
     }
-    if blocks < FS_BLOCKS_MIN {
+    if !(FS_BLOCKS_MIN..=DEVICE_BLOCKS_MAX).contains(&blocks) {
         return None;
     }
     let mut shape = Shape::of(blocks, demand)?;
@@ -230,7 +265,7 @@ impl Shape {
         let room = (GROUP_BLOCKS - 1).checked_sub(descriptor_blocks)? / FLEX_GROUPS;
         let inode_blocks_max = room.saturating_sub(2).min(u64::from(u32::MAX) / INODES_PER_BLOCK / groups);
         let per_group = |inodes: u64| inodes.div_ceil(groups).div_ceil(INODES_PER_BLOCK);
-        let wanted = per_group((blocks * BLOCK / INODE_RATIO).max(demand.inodes * 3 / 2 + INODES_SPARE));
+        let wanted = per_group((blocks * BLOCK / INODE_RATIO).max(demand.wanted_inodes()));
         let inode_blocks = wanted.min(inode_blocks_max);
         (inode_blocks >= per_group(demand.inodes)).then_some(Shape {
             blocks,
@@ -255,7 +290,7 @@ impl Shape {
     /// Blocks that lie in a group's own place, whoever they describe.
     fn own_blocks(&self, group: u64) -> u64 {
         let superblock = if Shape::has_superblock(group) { 1 + self.descriptor_blocks } else { 0 };
-        let tables = if group % FLEX_GROUPS == 0 {
+        let tables = if group.is_multiple_of(FLEX_GROUPS) {
             (self.groups - group).min(FLEX_GROUPS) * (2 + self.inode_blocks)
         } else {
             0
@@ -304,7 +339,9 @@ mod tests {
             Demand { blocks: 5_000, inodes: 900_000 },
             Demand { blocks: 40_000_000, inodes: 100 },
         ] {
-            let needed = plan(demand, Some(ByteLen(8 * MIB))).unwrap_err();
+            let Err(NoPlan::Needs(needed)) = plan(demand, Some(ByteLen(8 * MIB))) else {
+                panic!("{demand:?}")
+            };
             let planned = plan(demand, Some(needed)).unwrap();
             assert!(u64::from(planned.inodes) >= demand.inodes);
             assert!(plan(demand, Some(ByteLen(needed.value() / 2))).is_err());
@@ -325,7 +362,16 @@ mod tests {
     fn sixteen_tib_hold_a_filesystem_of_32_bit_block_numbers() {
         let planned = plan(Demand { blocks: 10, inodes: 12 }, Some(ByteLen(STREAMING_MAX))).unwrap();
         assert_eq!(planned.filesystem.value() / BLOCK, FS_BLOCKS_MAX);
-        assert_eq!(planned.inodes, 1 << 30, "one for 16 KiB");
+        assert_eq!(u64::from(planned.inodes), FS_BLOCKS_MAX / 4, "one for 16 KiB");
+    }
+
+    #[test]
+    fn a_demand_beyond_every_filesystem_is_refused() {
+        for demand in [Demand { blocks: 1 << 47, inodes: 100 }, Demand { blocks: 100, inodes: 1 << 33 }] {
+            assert_eq!(plan(demand, None), Err(NoPlan::TooMuch));
+            assert_eq!(plan(demand, Some(ByteLen(GIB))), Err(NoPlan::TooMuch));
+        }
+        assert_eq!(plan(Demand { blocks: 1, inodes: 12 }, Some(ByteLen(u64::MAX))), Err(NoPlan::TooMuch));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! namespace of the calling thread, and the loop device clears itself on its last close; so when the thread ends, or the
 //! process is killed by any signal, the kernel takes both down.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -60,7 +61,7 @@ pub(crate) struct PrivateMount {
 
 impl PrivateMount {
     /// Mounts the filesystem in `file` over `at`, for this thread, which must be one that ends soon.
-    pub(crate) fn new(file: &File, at: &Path, fs: &str) -> Result<PrivateMount, ImageError> {
+    pub(crate) fn new(file: &File, at: &Path, fs: &str, options: &CStr) -> Result<PrivateMount, ImageError> {
         let refused = |what| {
             move |source: Errno| match source {
                 Errno::PERM | Errno::ACCESS => ImageError::NeedsRoot { what, source: source.into() },
@@ -76,7 +77,7 @@ impl PrivateMount {
         rustix::mount::mount_change("/", private).map_err(refused("make mounts private"))?;
         let (device, _open) = attach(file)?;
         let flags = MountFlags::NOATIME | MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
-        rustix::mount::mount(&device, at, fs, flags, None).map_err(refused("mount the image"))?;
+        rustix::mount::mount(&device, at, fs, flags, options).map_err(refused("mount the image"))?;
         Ok(PrivateMount { at: at.to_path_buf(), mounted: true, _this_thread: std::marker::PhantomData })
     }
 

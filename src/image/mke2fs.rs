@@ -12,19 +12,22 @@ use std::os::unix::fs::FileExt;
 use mkext4::reader::{Fs, ReadAt};
 
 use super::error::ImageError;
-use super::ext4::{Times, epoch, is_lost_found, times};
-use super::geometry::{Plan, STREAMING_MAX};
+use super::ext4::{Times, epoch, times};
+use super::geometry::{Plan, STREAMING_MAX, xattr_room};
 use super::identity::{Identity, uuid_text};
-use super::note::Mke2fsReason;
+use super::note::{Mke2fsReason, NoteKind, Notes};
 use super::progress::{Phase, Progress};
 use super::scan::Scan;
 use super::sink::{ImageSink, Stream};
 use super::tool::{Tool, path_of_open, scratch_file};
 use super::tree::{BLOCK, Entry, EntryId, Kind, ROOT, Tree};
+use super::xattrs::Ext4Room;
 use super::{ImageOptions, raw, reader};
 use crate::units::ByteOffset;
 
-const MKE2FS: Tool = Tool { name: "mke2fs", package: "e2fsprogs" };
+const MKE2FS: Tool = Tool { name: "mke2fs", package: "e2fsprogs", good: 0 };
+/// Ends with 1 where it found and corrected something.
+const E2FSCK: Tool = Tool { name: "e2fsck", package: "e2fsprogs", good: 1 };
 
 /// What the streaming writer emits too, so that both kinds of image behave alike.
 const FEATURES: &str = "none,has_journal,ext_attr,dir_index,filetype,extent,flex_bg,sparse_super,large_file,huge_file,\
@@ -36,6 +39,7 @@ const CHECKSUM: usize = 0x3fc;
 /// Big attribute values in inodes of their own.
 const EA_INODE: u32 = 0x400;
 const INODE_BYTES: usize = 256;
+const ROOT_INODE: u32 = 2;
 
 /// Makes and emits the image.
 pub(crate) fn emit(
@@ -45,6 +49,7 @@ pub(crate) fn emit(
     options: &ImageOptions,
     sink: &mut dyn ImageSink,
     progress: &Progress,
+    notes: &mut Notes,
 ) -> Result<(), ImageError> {
     progress.enter(Phase::Layout);
     let tree = &scan.tree;
@@ -55,9 +60,8 @@ pub(crate) fn emit(
     if plan.filesystem.value() > STREAMING_MAX {
         features += ",64bit";
     }
-    if reason == Mke2fsReason::XattrSize
-        || tree.xattrs.values().flatten().any(|xattr| xattr.value.len() > 2048)
-    {
+    let big_values = tree.iter().any(|(id, _)| xattr_room(tree, id) == Ext4Room::TooBig);
+    if big_values {
         features += ",ea_inode";
     }
     let time = epoch(tree).to_string();
@@ -78,9 +82,20 @@ pub(crate) fn emit(
         },
         progress,
     )?;
+    if big_values {
+        // mke2fs 1.47.0 forgets the blocks of big values in the count of their owner's.
+        let fix = |command: &mut std::process::Command| {
+            command
+                .env("E2FSCK_TIME", &time)
+                .env("E2FSPROGS_FAKE_TIME", &time)
+                .env("E2FSCK_CONFIG", "/dev/null");
+            command.args(["-f", "-y"]).arg(path_of_open(&file));
+        };
+        E2FSCK.run(&why, fix, progress)?;
+    }
     reader::check_unchanged(tree, scan.root, progress)?;
     progress.read(progress.bytes_total().value());
-    adjust(&file, tree, options)?;
+    adjust(&file, tree, options, notes)?;
 
     progress.enter(Phase::Read);
     let mut stream = Stream::begin(sink, plan.device)?;
@@ -91,30 +106,42 @@ pub(crate) fn emit(
 }
 
 /// Sets every inode's owner, mode and times to what the scan saw.
-fn adjust(file: &File, tree: &Tree, options: &ImageOptions) -> Result<(), ImageError> {
+fn adjust(file: &File, tree: &Tree, options: &ImageOptions, notes: &mut Notes) -> Result<(), ImageError> {
     let fs = Fs::open(Unmarked(file)).map_err(ImageError::Ext4)?;
+    let inos = inode_numbers(&fs, tree)?;
+    for (id, entry) in tree.iter() {
+        let ino = inos[id.0 as usize];
+        match entry.kind {
+            Kind::HardLink { to } if inos[to.0 as usize] == ino => continue,
+            // mke2fs keeps the names of regular files together, not those of anything else.
+            Kind::HardLink { .. } => notes.about(NoteKind::LinkSplit, || tree.relative_path(id)),
+            _ => {}
+        }
+        adjust_inode(file, &fs, ino, entry, options)?;
+    }
+    Ok(())
+}
+
+/// Which inode each entry of the tree has become.
+fn inode_numbers(fs: &Fs<Unmarked<'_>>, tree: &Tree) -> Result<Vec<u32>, ImageError> {
     let children = children(tree);
-    let mut todo = vec![(ROOT, 2u32)];
-    while let Some((dir, ino)) = todo.pop() {
-        adjust_inode(file, &fs, ino, tree.entry(dir), options)?;
-        let listed = fs.read_dir(ino).map_err(ImageError::Ext4)?;
+    let mut inos = vec![0; tree.entries.len()];
+    inos[ROOT.0 as usize] = ROOT_INODE;
+    // Parents come before their children.
+    for (dir, _) in tree.iter().filter(|(_, entry)| matches!(entry.kind, Kind::Dir)) {
+        let listed = fs.read_dir(inos[dir.0 as usize]).map_err(ImageError::Ext4)?;
         let found: HashMap<Vec<u8>, u32> =
             listed.into_iter().map(|entry| (entry.name, entry.inode)).collect();
         for &id in children.get(&dir).into_iter().flatten() {
-            let ino = *found.get(tree.name(id).to_bytes()).ok_or_else(|| ImageError::ToolFailed {
+            let ino = found.get(tree.name(id).to_bytes()).ok_or_else(|| ImageError::ToolFailed {
                 tool: MKE2FS.name,
                 status: "incomplete".into(),
                 stderr: format!("{} is not in the image", tree.path(id).display()),
             })?;
-            match tree.entry(id).kind {
-                Kind::HardLink { .. } => {}
-                Kind::Dir if is_lost_found(tree, id) && !children.contains_key(&id) => {}
-                Kind::Dir => todo.push((id, ino)),
-                _ => adjust_inode(file, &fs, ino, tree.entry(id), options)?,
-            }
+            inos[id.0 as usize] = *ino;
         }
     }
-    Ok(())
+    Ok(inos)
 }
 
 /// The entries of each directory that has any.

@@ -48,6 +48,7 @@ pub use raw::image_from_file;
 pub use sink::{FileSink, ImageSink, SinkError};
 
 use crate::units::ByteLen;
+use geometry::NoPlan;
 use note::Notes;
 
 /// The filesystems an image can have.
@@ -161,20 +162,22 @@ fn ext4_from_scan(
 ) -> Result<ByteLen, ImageError> {
     ext4::check(&scan.tree, options, notes)?;
     let demand = geometry::Demand::of(&scan.tree);
-    let plan = geometry::plan(demand, options.size)
-        .map_err(|needed| ImageError::TooBig { needed, given: options.size.unwrap_or_default() })?;
+    let plan = geometry::plan(demand, options.size).map_err(|none| match none {
+        NoPlan::Needs(needed) => ImageError::TooBig { needed, given: options.size.unwrap_or_default() },
+        NoPlan::TooMuch => ImageError::TooMuch { fs: "ext4" },
+    })?;
     if plan.filesystem != plan.device {
         let (filesystem, device) = (plan.filesystem, plan.device);
         notes.about_image(NoteKind::FilesystemSmaller { filesystem, device });
     }
-    match ext4::needs_mke2fs(&scan.tree, options.size) {
+    match ext4::needs_mke2fs(&scan.tree, plan.device) {
         None => ext4::emit(scan, plan, options, sink, progress, notes)?,
         Some((reason, example)) => {
             match example {
                 Some(id) => notes.about(NoteKind::ThroughMke2fs(reason), || scan.tree.relative_path(id)),
                 None => notes.about_image(NoteKind::ThroughMke2fs(reason)),
             }
-            mke2fs::emit(scan, plan, reason, options, sink, progress)?;
+            mke2fs::emit(scan, plan, reason, options, sink, progress, notes)?;
         }
     }
     Ok(plan.device)

@@ -60,6 +60,8 @@ pub enum NoteKind {
     TimeClamped,
     /// `lost+found` is the filesystem's own; the directory's empty one was not copied.
     LostFound,
+    /// Names of one symbolic link or special file that have become files of their own.
+    LinkSplit,
     /// Directories that are mount points: what is mounted there is in the image.
     MountPoint,
     /// The filesystem is smaller than the device; the rest of the device is a hole.
@@ -95,6 +97,7 @@ impl fmt::Display for Note {
             NoteKind::XattrLost(name) => write!(f, "the attribute {name} is not kept")?,
             NoteKind::TimeClamped => f.write_str("times moved into the filesystem's range")?,
             NoteKind::LostFound => f.write_str("lost+found is the filesystem's own")?,
+            NoteKind::LinkSplit => f.write_str("names of one link or special file that are separate now")?,
             NoteKind::MountPoint => f.write_str("mount points, whose contents are included")?,
             NoteKind::FilesystemSmaller { filesystem, device } => {
                 write!(f, "the filesystem has {filesystem} bytes of the device's {device}")?

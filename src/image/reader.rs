@@ -83,15 +83,17 @@ pub(crate) fn start<'scope>(
             tree,
             dirs: Dirs::new(root),
             progress,
-            slab: Slab { bytes: vec![0; SLAB_BYTES].into(), filled: 0 },
-            full: full_to,
-            empty: empty_from,
+            packer: Packer {
+                slab: Slab { bytes: vec![0; SLAB_BYTES].into(), filled: 0 },
+                full: full_to,
+                empty: empty_from,
+            },
         };
         match reader.all() {
             Ok(()) | Err(Stop::Unwanted) => {}
             Err(Stop::Failed(error)) => {
                 // Nobody listens if the emitter failed first; its error is the one that counts.
-                let _ = reader.full.send(Err(*error));
+                let _ = reader.packer.full.send(Err(*error));
             }
         }
     });
@@ -115,9 +117,7 @@ struct Reader<'r> {
     tree: &'r Tree,
     dirs: Dirs,
     progress: &'r Progress,
-    slab: Slab,
-    full: SyncSender<Result<Slab, ImageError>>,
-    empty: Receiver<Box<[u8]>>,
+    packer: Packer,
 }
 
 impl Reader<'_> {
@@ -128,7 +128,7 @@ impl Reader<'_> {
                 self.file(id)?;
             }
         }
-        self.send()?;
+        self.packer.send()?;
         // Last, everything that was not read: a name added or removed shows in its directory's times.
         for (id, entry) in tree.iter() {
             if !entry.has_data() && !matches!(entry.kind, Kind::HardLink { .. }) {
@@ -142,8 +142,13 @@ impl Reader<'_> {
     fn file(&mut self, id: EntryId) -> Result<(), Stop> {
         let tree = self.tree;
         let entry = tree.entry(id);
-        let failed = |source| ImageError::on_file("read it", tree.path(id), source);
         let dir = self.dirs.open(tree, entry.parent)?;
+        // What can't be opened or read may be another file by now (a fifo, a socket): then that is the error.
+        let failed = |source| match stamp_at(dir, tree.name(id)).map(|now| entry.stamp.difference(&now)) {
+            Ok(Some(what)) => ImageError::Changed { path: tree.path(id), what },
+            Ok(None) => ImageError::on_file("read it", tree.path(id), source),
+            Err(gone) => ImageError::on_file("read it", tree.path(id), gone),
+        };
         // O_NONBLOCK: should a fifo have taken the name, the open must not wait for a writer.
         let fd = open_quietly(dir, tree.name(id), OFlags::NONBLOCK).map_err(failed)?;
         if entry.stamp.size >= SEQUENTIAL_FROM {
@@ -155,7 +160,7 @@ impl Reader<'_> {
             let mut at = segment.start;
             let end = segment.start + segment.len;
             while at < end {
-                let space = self.space()?;
+                let space = self.packer.space()?;
                 let want = space.len().min(usize::try_from(end - at).unwrap_or(usize::MAX));
                 let got = match rustix::io::pread(&fd, &mut space[..want], at) {
                     Ok(0) => {
@@ -166,14 +171,14 @@ impl Reader<'_> {
                     Err(Errno::INTR) => continue,
                     Err(source) => return Err(failed(source).into()),
                 };
-                self.slab.filled += got;
+                self.packer.slab.filled += got;
                 at += got as u64;
                 self.progress.read(got as u64);
                 if self.progress.is_cancelled() {
                     return Err(ImageError::Cancelled.into());
                 }
             }
-            self.pad();
+            self.packer.pad();
         }
         // One look, after the reading: it is compared with what the scan saw, so it covers the time before as well.
         let now = stamp_of(fd.as_fd()).map_err(failed)?;
@@ -184,7 +189,16 @@ impl Reader<'_> {
         self.progress.file_done();
         Ok(())
     }
+}
 
+/// Fills buffers and sends them.
+struct Packer {
+    slab: Slab,
+    full: SyncSender<Result<Slab, ImageError>>,
+    empty: Receiver<Box<[u8]>>,
+}
+
+impl Packer {
     /// Room for at least one byte of contents.
     fn space(&mut self) -> Result<&mut [u8], Stop> {
         if self.slab.filled == self.slab.bytes.len() {

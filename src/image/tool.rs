@@ -25,6 +25,8 @@ const SBIN: [&str; 2] = ["/usr/sbin", "/sbin"];
 pub(crate) struct Tool {
     pub(crate) name: &'static str,
     pub(crate) package: &'static str,
+    /// The highest exit code that means success.
+    pub(crate) good: i32,
 }
 
 impl Tool {
@@ -63,7 +65,7 @@ impl Tool {
                 }
                 std::thread::sleep(POLL);
             };
-            if status.success() {
+            if status.code().is_some_and(|code| code <= self.good) {
                 return Ok(());
             }
             return Err(failed(status.to_string(), tail(&mut stderr).unwrap_or_default()));

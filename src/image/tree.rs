@@ -39,6 +39,8 @@ impl From<StatxTimestamp> for Time {
 pub(crate) struct Stamp {
     pub(crate) dev: u64,
     pub(crate) ino: u64,
+    /// The file type's bits of the mode: a freed inode number is soon another file's.
+    file_type: u16,
     pub(crate) size: u64,
     pub(crate) mtime: Time,
     pub(crate) ctime: Time,
@@ -49,6 +51,7 @@ impl Stamp {
         Stamp {
             dev: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
             ino: stat.stx_ino,
+            file_type: stat.stx_mode & 0o170_000,
             size: stat.stx_size,
             mtime: stat.stx_mtime.into(),
             ctime: stat.stx_ctime.into(),
@@ -57,7 +60,9 @@ impl Stamp {
 
     /// What differs, in a user's words.
     pub(crate) fn difference(&self, now: &Stamp) -> Option<&'static str> {
-        if (self.dev, self.ino) != (now.dev, now.ino) {
+        if self.file_type != now.file_type {
+            Some("something else has its name")
+        } else if (self.dev, self.ino) != (now.dev, now.ino) {
             Some("another file has its name")
         } else if self.size > now.size {
             Some("it shrank")

@@ -42,6 +42,10 @@ impl XattrReader {
             let len = rustix::fs::lgetxattr(path, attribute, &mut self.value[..])?;
             found.push(Xattr { name: attribute.to_bytes().into(), value: self.value[..len].into() });
         }
+        // XFS shows an ACL a second time, in its own form, to those who may see trusted attributes.
+        if found.iter().any(|xattr| xattr.name.starts_with(b"system.posix_acl_")) {
+            found.retain(|xattr| !xattr.name.starts_with(b"trusted.SGI_ACL_"));
+        }
         found.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         Ok(found)
     }

@@ -28,7 +28,7 @@ use super::xattrs::XattrWriter;
 use super::{ImageOptions, raw};
 use crate::units::{ByteLen, ByteOffset};
 
-const MKFS: Tool = Tool { name: "mkfs.xfs", package: "xfsprogs" };
+const MKFS: Tool = Tool { name: "mkfs.xfs", package: "xfsprogs", good: 0 };
 
 const MIB: u64 = 1 << 20;
 /// mkfs.xfs refuses less.
@@ -37,6 +37,8 @@ const DEVICE_MIN: u64 = 300 * MIB;
 const FIXED: u64 = 192 * MIB;
 /// An inode, its share of inode chunks and trees, and of a directory.
 const PER_ENTRY: u64 = 1024;
+/// XFS_SYMLINK_MAXLEN without its NUL (fs/xfs/libxfs/xfs_format.h).
+const TARGET_MAX: usize = 1023;
 /// The last second of XFS's big timestamps, in 2486 (fs/xfs/libxfs/xfs_format.h).
 const SECONDS_MAX: i64 = 16_299_260_424;
 
@@ -49,9 +51,16 @@ pub(crate) fn emit(
     notes: &mut Notes,
 ) -> Result<ByteLen, ImageError> {
     progress.enter(Phase::Layout);
+    check(&scan.tree)?;
     let dir = &options.scratch_dir;
     let wanted = default_size(&scan.tree);
-    let device = options.size.map_or(wanted, |size| ByteLen(size.value().next_multiple_of(BLOCK)));
+    let device = match options.size {
+        None => wanted,
+        Some(size) => {
+            let rounded = size.value().checked_next_multiple_of(BLOCK);
+            ByteLen(rounded.ok_or(ImageError::TooMuch { fs: "XFS" })?)
+        }
+    };
     let too_big = || ImageError::TooBig { needed: wanted, given: device };
     if device.value() < DEVICE_MIN {
         return Err(ImageError::TooBig { needed: ByteLen(wanted.value().max(DEVICE_MIN)), given: device });
@@ -88,6 +97,23 @@ pub(crate) fn emit(
     Ok(device)
 }
 
+/// What XFS can't hold.
+fn check(tree: &Tree) -> Result<(), ImageError> {
+    for (id, entry) in tree.iter() {
+        if let Kind::Symlink { target } = &entry.kind
+            && target.len() > TARGET_MAX
+        {
+            return Err(ImageError::LinkTooLong {
+                path: tree.path(id),
+                len: ByteLen(target.len() as u64),
+                max: ByteLen(TARGET_MAX as u64),
+                fs: "XFS",
+            });
+        }
+    }
+    Ok(())
+}
+
 /// Data and metadata, a quarter more, and what XFS takes for itself.
 fn default_size(tree: &Tree) -> ByteLen {
     let data: u64 = tree
@@ -109,7 +135,8 @@ fn fill(
     notes: &mut Notes,
 ) -> Result<(), ImageError> {
     // Over the scratch directory itself: it is there, and only this thread sees what is mounted on it.
-    let mount = PrivateMount::new(file, at, "xfs")?;
+    // nouuid: an older image of the same name, so with the same UUID, may well be mounted on this machine.
+    let mount = PrivateMount::new(file, at, "xfs", c"nouuid")?;
     let failed =
         |what| move |source: Errno| ImageError::Io { what, path: at.to_path_buf(), source: source.into() };
     {
@@ -235,6 +262,8 @@ fn write_contents(
     blocks: &mut Blocks,
     failed: impl Fn(Errno) -> ImageError,
 ) -> Result<(), ImageError> {
+    // At its full size from the start: past the end of a file XFS allocates ahead, and so fills holes.
+    rustix::fs::ftruncate(file, entry.stamp.size).map_err(&failed)?;
     for segment in entry.segments() {
         let end = segment.start + segment.len;
         let mut at = segment.start;
@@ -255,5 +284,5 @@ fn write_contents(
             at += taken;
         }
     }
-    rustix::fs::ftruncate(file, entry.stamp.size).map_err(failed)
+    Ok(())
 }
