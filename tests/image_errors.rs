@@ -24,6 +24,10 @@ struct Meddler<F: FnMut() + Send> {
 }
 
 impl<F: FnMut() + Send> ImageSink for Meddler<F> {
+    fn begin(&mut self, _device: ByteLen) -> Result<(), SinkError> {
+        Ok(())
+    }
+
     fn data(&mut self, _: &[u8]) -> Result<(), SinkError> {
         if !std::mem::replace(&mut self.done, true) {
             (self.meddle)();
@@ -215,6 +219,10 @@ fn what_is_no_directory_and_what_holds_the_output_is_refused() {
 fn a_failing_sink_and_a_cancel_end_the_image() {
     struct Full(u64);
     impl ImageSink for Full {
+        fn begin(&mut self, _device: ByteLen) -> Result<(), SinkError> {
+            Ok(())
+        }
+
         fn data(&mut self, bytes: &[u8]) -> Result<(), SinkError> {
             self.0 += bytes.len() as u64;
             if self.0 > 2_000_000 {
