@@ -77,7 +77,9 @@ start_server() {
             mv "$STATE/image.new" "$STATE/image"
             sync "$STATE"
         fi
-        nbdkit -f "${where[@]}" -e "$NAME" file "$STATE/image" >>"$UML_OUT/server.log" 2>&1 &
+        # shellcheck disable=SC2086
+        nbdkit -f "${where[@]}" -e "$NAME" ${STAND_IN_FILTER:+--filter=$STAND_IN_FILTER} file "$STATE/image" \
+            ${STAND_IN_ARGS:-} >>"$UML_OUT/server.log" 2>&1 &
         ;;
     *) fail "SERVER=$SERVER: horcrux or nbdkit" ;;
     esac

@@ -2,7 +2,7 @@
 # Proves the rig without the product: every guest script runs against nbdkit serving a plain image that was
 # filled through a loop mount. When this passes and a test of the product fails, the product is at fault.
 #
-#   tests/uml/selfcheck.sh [mount-ext4|mount-xfs|postgres|powercut]...      (default: all; as root)
+#   tests/uml/selfcheck.sh [mount-ext4|mount-xfs|postgres|powercut|liar]...      (default: all; as root)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
@@ -63,8 +63,20 @@ powercut() {
     "$here/powercut.sh" -r "${ROUNDS:-3}" -o "$work/cut" "${stand_in[@]}" -e FS=ext4
 }
 
+# A server that answers FLUSH and keeps everything in memory: the check must notice, or it checks nothing.
+liar() {
+    mkdir -p "$work/empty"
+    image ext4 512M "$work/empty"
+    if "$here/powercut.sh" -r 1 -o "$work/cut" "${stand_in[@]}" -e FS=ext4 -e STAND_IN_FILTER=cache \
+        -e STAND_IN_ARGS=cache=unsafe >"$work/liar" 2>&1; then
+        echo "selfcheck: lost writes went unnoticed" >&2
+        return 1
+    fi
+    grep -q 'powercut: WRONG' "$work/liar" || { cat "$work/liar" >&2; return 1; }
+}
+
 cases=("$@")
-[ $# -gt 0 ] || cases=(mount-ext4 mount-xfs postgres powercut)
+[ $# -gt 0 ] || cases=(mount-ext4 mount-xfs postgres powercut liar)
 for one in "${cases[@]}"; do
     start=$SECONDS
     "${one//-/_}"
