@@ -3,6 +3,7 @@
 // Helpers of tests may unwrap as tests do.
 #![allow(clippy::unwrap_used)]
 
+#[path = "image_support/mod.rs"]
 mod support;
 
 use std::fs;

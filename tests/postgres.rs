@@ -1,0 +1,50 @@
+//! A PostgreSQL data directory becomes a volume, and PostgreSQL runs on it inside a real kernel.
+
+use std::process::Command;
+use std::time::Duration;
+
+use support::command::run_ok;
+use support::tools::{horcrux_cli, in_tests, need, need_root, soak};
+use support::uml::{Guest, available};
+
+mod support;
+
+/// `pgbench -i -s 20`: about 300 MiB in 1,000 files.
+const SCALE: &str = "20";
+
+#[test]
+fn postgres_runs_on_an_image_of_its_data_directory_and_its_pages_check_out() {
+    let bin = newest_postgres();
+    if !available() || !need_root() || !need(&["pgbench", "setpriv"]) {
+        return;
+    }
+    let bin = bin.expect("pgbench is installed with a server: `make packages`");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (cluster, repo) = (dir.path().join("cluster"), dir.path().join("repo"));
+    run_ok(
+        Command::new(in_tests("uml/postgres-cluster.sh")).arg(&cluster).arg(SCALE),
+        Duration::from_secs(180),
+    );
+    let mut cli = Command::new(horcrux_cli());
+    cli.args(["image-from-dir", "--size", "2G", "AMCC"]).arg(&cluster).arg(&repo);
+    run_ok(&mut cli, Duration::from_secs(120));
+    let owner = run_ok(
+        Command::new("stat").args(["-c", "%u"]).arg(cluster.join("PG_VERSION")),
+        Duration::from_secs(10),
+    );
+    let console = Guest::serving(&repo, "AMCC", Duration::from_secs(if soak() { 900 } else { 300 }))
+        .env("FS", "ext4")
+        .env("PGBIN", bin)
+        .env("PGUID", owner.trim())
+        .env("SECONDS_RUN", if soak() { "300" } else { "10" })
+        .run("postgres.sh");
+    assert!(console.contains("pg_amcheck: clean"), "{console}");
+}
+
+/// Where the newest installed server keeps its programs.
+fn newest_postgres() -> Option<std::path::PathBuf> {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").ok()?;
+    let newest =
+        versions.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).max()?;
+    Some(format!("/usr/lib/postgresql/{newest}/bin").into())
+}
