@@ -167,12 +167,12 @@ fn announce(volumes: &[Volume], listeners: &[Listener]) -> io::Result<()> {
                     let path = std::path::absolute(&path)?;
                     let path = path.display();
                     writeln!(out, "  nbd+unix:///{name}?socket={path}")?;
-                    writeln!(out, "  attach: nbd-client -unix {path} -N {name} /dev/nbd0 -b 4096")?;
+                    writeln!(out, "  attach: nbd-client -unix {path} -N {name} /dev/nbd0 -b 512")?;
                 }
                 Endpoint::Tcp(address) => {
                     writeln!(out, "  nbd://{address}/{name}")?;
                     let (ip, port) = (address.ip(), address.port());
-                    writeln!(out, "  attach: nbd-client {ip} {port} -N {name} /dev/nbd0 -b 4096")?;
+                    writeln!(out, "  attach: nbd-client {ip} {port} -N {name} /dev/nbd0 -b 512")?;
                 }
             }
         }
