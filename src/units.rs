@@ -73,6 +73,45 @@ impl PageIndex {
     }
 }
 
+/// A size that could not be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a size: a number, as it is or with K, M, G, T or P (binary), as in 64M or 20G")]
+pub struct SizeError(String);
+
+impl std::str::FromStr for ByteLen {
+    type Err = SizeError;
+
+    /// Reads `64M`, `20G`, `4096`: binary units, with or without `iB` or `B`.
+    fn from_str(text: &str) -> Result<ByteLen, SizeError> {
+        let bad = || SizeError(text.chars().take(40).collect());
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, unit) = text.split_at(digits);
+        let shift = match unit.strip_suffix("iB").or(unit.strip_suffix('B')).unwrap_or(unit) {
+            "" => 0,
+            "K" | "k" => 10,
+            "M" | "m" => 20,
+            "G" | "g" => 30,
+            "T" | "t" => 40,
+            "P" | "p" => 50,
+            _ => return Err(bad()),
+        };
+        let number: u64 = number.parse().map_err(|_| bad())?;
+        number.checked_mul(1 << shift).map(ByteLen).ok_or_else(bad)
+    }
+}
+
+impl ByteLen {
+    /// The length for people: `20.0 GiB`.
+    pub fn human(self) -> String {
+        const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+        if self.0 < 1024 {
+            return format!("{} B", self.0);
+        }
+        let power = (self.0.ilog2() / 10) as usize;
+        format!("{:.1} {}", self.0 as f64 / (1u64 << (10 * power)) as f64, UNITS[power - 1])
+    }
+}
+
 /// A half-open range of bytes on a device: `start` included, `end` excluded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ByteRange {
@@ -123,6 +162,21 @@ mod tests {
         let range = ByteRange::at(ByteOffset(100), ByteLen(3 * PAGE_SIZE)).unwrap();
         assert_eq!(range.whole_pages(), (PageIndex(1), PageIndex(3)));
         assert_eq!(range.touched_pages(), (PageIndex(0), PageIndex(4)));
+    }
+
+    #[test]
+    fn sizes_are_binary_and_nonsense_is_refused() {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("64M", 64 << 20), ("20G", 20 << 30), ("1TiB", 1 << 40), ("2KB", 2048)]
+        {
+            assert_eq!(text.parse(), Ok(ByteLen(bytes)), "{text}");
+        }
+        for text in ["", "G", "-1", "1.5G", "64X", "99999999999P", "20 G", "18446744073709551616"] {
+            assert!(text.parse::<ByteLen>().is_err(), "{text}");
+        }
+        assert_eq!(ByteLen(20 << 30).human(), "20.0 GiB");
+        assert_eq!(ByteLen(u64::MAX).human(), "16.0 EiB");
+        assert_eq!(ByteLen(1023).human(), "1023 B");
     }
 
     #[test]

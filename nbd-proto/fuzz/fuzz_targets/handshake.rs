@@ -1,0 +1,7 @@
+//! Bytes into both handshakes.
+#![no_main]
+
+#[path = "../../tests/support/mod.rs"]
+mod support;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| support::targets::handshake(data));

@@ -1,3 +1,0 @@
-//! `horcrux-nbd`: serves volumes as NBD exports.
-
-fn main() {}

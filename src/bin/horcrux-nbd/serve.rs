@@ -1,0 +1,198 @@
+//! `horcrux-nbd serve`: from the command line to a running server.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use horcrux::cache::{Cache, CacheError, CacheOptions};
+use horcrux::nbd::{Endpoint, Export, Listener, ServeError, Server, ServerOptions};
+use horcrux::repo::{ImageName, Reference, RepoError, Repository};
+use horcrux::store::{self, UrlError};
+use horcrux::units::ByteLen;
+use horcrux::volume::{Source, StateDir, Volume, VolumeError, default_state_dir};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// What `serve` takes.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Repository the images are in: a directory, or a URL
+    #[arg(long, value_name = "REPO")]
+    access: String,
+    /// Image to serve, and which version of it; may be given more than once
+    #[arg(long = "name", value_name = "NAME[@REF]", required = true, value_parser = parse_name)]
+    names: Vec<Name>,
+    /// Refuse writes
+    #[arg(long)]
+    read_only: bool,
+    /// Unix socket to listen on [default, where --listen is not given either: run/nbd.sock in the state directory]
+    #[arg(long, value_name = "SOCK")]
+    unix: Option<PathBuf>,
+    /// TCP address to listen on
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: Option<SocketAddr>,
+    /// Where deltas and the cache are kept [default: /var/lib/horcrux for root, else $XDG_STATE_HOME/horcrux]
+    #[arg(long, value_name = "DIR", env = "HORCRUX_STATE_DIR")]
+    state_dir: Option<PathBuf>,
+    /// Bytes of disk the cache may take
+    #[arg(long, value_name = "SIZE", default_value = "16G")]
+    cache_size: ByteLen,
+}
+
+/// `NAME[@REF]`, where no REF is not the same as `@main`: it goes on with what the volume has.
+#[derive(Clone)]
+struct Name {
+    image: ImageName,
+    reference: Option<Reference>,
+}
+
+fn parse_name(text: &str) -> Result<Name, RepoError> {
+    let (image, reference) = match text.split_once('@') {
+        Some((image, reference)) => (image, Some(reference.parse()?)),
+        None => (text, None),
+    };
+    Ok(Name { image: image.parse()?, reference })
+}
+
+/// Why the server did not start, or did not stop well.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Url(#[from] UrlError),
+    #[error(transparent)]
+    Repo(#[from] RepoError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    #[error("can't {0}: {1}")]
+    System(&'static str, io::Error),
+    #[error("no state directory: neither --state-dir, HORCRUX_STATE_DIR, XDG_STATE_HOME nor HOME is set")]
+    NoStateDir,
+    #[error("{0} volumes could not be flushed; what they acknowledged since their last flush may be lost")]
+    NotFlushed(usize),
+}
+
+impl Error {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Error::Volume(VolumeError::StateDirInUse { .. }) => {
+                Some("serve more images from one server (--name can be repeated), or give this one its own --state-dir".to_owned())
+            }
+            Error::Volume(VolumeError::OtherBase { volume, .. }) => Some(format!(
+                "leave out @REF to go on with the volume's changes, or use another --state-dir for another version of {volume}"
+            )),
+            Error::Volume(VolumeError::OtherRepository { .. }) => {
+                Some("use another --state-dir for another repository".to_owned())
+            }
+            Error::Serve(ServeError::SocketInUse { .. }) => {
+                Some("stop that server, or listen elsewhere with --unix or --listen".to_owned())
+            }
+            Error::Url(_) | Error::Repo(_) | Error::Volume(_) | Error::Cache(_) | Error::Serve(_) => None,
+            Error::System(..) | Error::NoStateDir | Error::NotFlushed(_) => None,
+        }
+    }
+}
+
+/// Serves until SIGTERM or SIGINT.
+pub fn run(args: Args) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Error::System("start the runtime", error))?;
+    let result = runtime.block_on(serve(args));
+    // A request that waits for a disk or a repository that never answers must not keep the process.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(args: Args) -> Result<(), Error> {
+    let stop = stop_on_signals()?;
+    let state_dir = args.state_dir.or_else(default_state_dir).ok_or(Error::NoStateDir)?;
+    let opening = move || StateDir::open(&state_dir);
+    let state = tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
+    // The sockets first: if one is taken, nothing else is touched. Clients wait in the queue until the exports are there.
+    let mut endpoints: Vec<Endpoint> = args.unix.map(Endpoint::Unix).into_iter().collect();
+    endpoints.extend(args.listen.map(Endpoint::Tcp));
+    if endpoints.is_empty() {
+        endpoints.push(Endpoint::Unix(state.run_dir().join("nbd.sock")));
+    }
+    let listeners = endpoints.iter().map(Listener::bind).collect::<Result<Vec<_>, _>>()?;
+
+    let repository = Repository::open(store::url::open(&args.access)?).await?;
+    let (cache_dir, options) = (state.cache_dir(), CacheOptions::new(args.cache_size));
+    let opening = move || Cache::open(&cache_dir, options);
+    let cache = tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
+    let mut volumes = Vec::new();
+    for name in args.names {
+        let source = Source { access: args.access.clone(), image: name.image, reference: name.reference };
+        volumes.push(Volume::open(&state, &cache, &repository, &source, args.read_only).await?);
+    }
+
+    let exports = volumes.iter().map(export).collect();
+    announce(&volumes, &listeners).map_err(|error| Error::System("tell where it listens", error))?;
+    let server = Server::new(exports, listeners, ServerOptions::default())?;
+    let failed = server.run(stop).await;
+    tracing::info!(cache = ?cache.stats(), "stopped");
+    if failed > 0 { Err(Error::NotFlushed(failed)) } else { Ok(()) }
+}
+
+fn export(volume: &Volume) -> Arc<Export> {
+    let record = volume.record();
+    let commit = record.commit.to_string();
+    let description = format!("{} at {}, from {}", record.image, &commit[..12], record.access);
+    Arc::new(Export::new(volume.name().to_owned(), description, volume.device().clone()))
+}
+
+/// Says where each export is and how to attach it. Standard output is read by people and scripts: one paragraph for each export.
+fn announce(volumes: &[Volume], listeners: &[Listener]) -> io::Result<()> {
+    use std::io::Write;
+    let mut out = io::stdout().lock();
+    for volume in volumes {
+        let record = volume.record();
+        let access = if volume.device().is_read_only() { ", read-only" } else { "" };
+        let size = volume.device().size().human();
+        writeln!(out, "serving {} ({size}{access}, commit {})", volume.name(), record.commit)?;
+        if let Some(newer) = volume.newer() {
+            writeln!(out, "  its branch has moved on to {newer}; this volume stays where its changes are")?;
+        }
+        for listener in listeners {
+            let name = volume.name();
+            match listener.endpoint()? {
+                Endpoint::Unix(path) => {
+                    let path = std::path::absolute(&path)?;
+                    let path = path.display();
+                    writeln!(out, "  nbd+unix:///{name}?socket={path}")?;
+                    writeln!(out, "  attach: nbd-client -unix {path} -N {name} /dev/nbd0 -b 4096")?;
+                }
+                Endpoint::Tcp(address) => {
+                    writeln!(out, "  nbd://{address}/{name}")?;
+                    let (ip, port) = (address.ip(), address.port());
+                    writeln!(out, "  attach: nbd-client {ip} {port} -N {name} /dev/nbd0 -b 4096")?;
+                }
+            }
+        }
+    }
+    out.flush()
+}
+
+/// A token that SIGTERM and SIGINT cancel; a second one ends the process at once.
+fn stop_on_signals() -> Result<CancellationToken, Error> {
+    let failed = |error| Error::System("listen for signals", error);
+    let mut term = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut int = signal(SignalKind::interrupt()).map_err(failed)?;
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        tracing::info!("stopping: requests in flight are finished and flushed; a second signal ends at once");
+        token.cancel();
+        tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        std::process::exit(1);
+    });
+    Ok(stop)
+}

@@ -1,0 +1,477 @@
+//! One layer: a map in memory, its log, and the pages.
+//!
+//! Enters: whole pages, ranges to zero, FLUSH. Leaves: runs of states, page bytes. Invariant: FORMAT.md, "Why a crash can't lose or tear"; the
+//! numbers in comments here are its rules.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::format::CommitId;
+use crate::format::delta::{
+    LayerId, MapHeader, PageKind, PageState, Record, Slot, VolumeId, decode_data_header, encode_data_header,
+};
+use crate::units::{ByteLen, PAGE_SIZE, PageIndex};
+
+use super::disk::{Dir, File};
+use super::error::DeltaError;
+use super::log::{Log, MAP_FILE};
+use super::page_map::PageMap;
+use super::slots::Slots;
+
+/// Name of the file with the pages.
+pub const DATA_FILE: &str = "data";
+/// The log is rewritten only when it is longer than this,
+const REWRITE_MIN_LEN: u64 = 4 << 20;
+/// and than this many times what it was when it was last rewritten.
+const REWRITE_FACTOR: u64 = 4;
+/// Past this many records in memory [`Layer::wants_commit`] asks for a commit.
+const PENDING_SOFT: usize = 1 << 16;
+/// Past this many records in memory, which takes failing commits, writes are refused: 64 MiB.
+const PENDING_HARD: usize = 1 << 22;
+/// Freed runs of at least this many slots are given back to the file system.
+const PUNCH_MIN_SLOTS: u32 = 16;
+
+/// What a layer is, apart from what it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The commit its volume is a view of.
+    pub base: CommitId,
+    /// The volume.
+    pub volume: VolumeId,
+    /// Size of the device.
+    pub device_size: ByteLen,
+}
+
+/// Keeps the slots a reader was told of from being used again while it reads them.
+#[derive(Clone)]
+pub struct Pin(#[expect(dead_code, reason = "held for its reference count")] Arc<()>);
+
+/// Map state that changes together; guarded by `Layer::shared`.
+struct Shared {
+    pages: PageMap,
+    /// One for each capture; readers clone it, so that its count tells whether one of them is left.
+    pin: Arc<()>,
+    /// Records since the last capture.
+    pending: Vec<Record>,
+    /// Slots those records replaced.
+    let_go: Vec<(Slot, u32)>,
+}
+
+/// The log and what goes with it; guarded by `Layer::log`, which is the flush lock.
+struct Journal {
+    log: Log,
+    /// Length of the log when it was last written whole.
+    rewritten_len: u64,
+    /// Records captured by commits that failed for want of space; they go with the next.
+    retry: Vec<Record>,
+    /// Slots that are let go once `retry` is durable.
+    retry_let_go: Vec<(Slot, u32)>,
+    /// Tickets below this one are covered by a commit.
+    covered: u64,
+    /// Slots out of every durable commit, oldest first, each with the pin of the readers that may still hold them.
+    retired: VecDeque<(Arc<()>, Vec<(Slot, u32)>)>,
+}
+
+/// A layer that takes writes, or a sealed one that is only read.
+///
+/// Locks are taken in the order `journal`, `gate`, `shared`, `slots`.
+pub struct Layer {
+    dir: Box<dyn Dir>,
+    data: Box<dyn File>,
+    /// Writers share it from choosing a slot to naming it in the map; a capture takes it alone.
+    gate: RwLock<()>,
+    shared: RwLock<Shared>,
+    slots: Mutex<Slots>,
+    journal: Mutex<Journal>,
+    /// Numbers FLUSHes, so that one commit serves all that came before its capture.
+    tickets: AtomicU64,
+    /// `data` was written since its last fsync.
+    data_dirty: AtomicBool,
+    poisoned: OnceLock<String>,
+    rewrite_min_len: u64,
+}
+
+impl Layer {
+    /// Makes an empty layer in `dir`, durably.
+    pub fn create(dir: Box<dyn Dir>, identity: &Identity, id: LayerId) -> Result<Layer, DeltaError> {
+        let path = &dir.describe(DATA_FILE);
+        let failed = |action| move |source| DeltaError::io(action, path.clone(), source);
+        let data = dir.create(DATA_FILE).map_err(failed("create"))?;
+        data.write_at(&encode_data_header(id), 0).map_err(failed("write"))?;
+        data.sync().map_err(failed("sync"))?;
+        let header = MapHeader {
+            generation: 1,
+            base: identity.base,
+            layer: id,
+            volume: identity.volume,
+            device_size: identity.device_size,
+        };
+        // Syncs the directory too, so both files are there or the layer is not.
+        let log = Log::write_new(&*dir, header, std::iter::empty())?;
+        Ok(Layer::assemble(dir, data, log, PageMap::new(device_pages(identity)), Slots::new()))
+    }
+
+    /// Opens a layer and replays its log.
+    pub fn open(dir: Box<dyn Dir>, identity: &Identity) -> Result<Layer, DeltaError> {
+        let path = &dir.describe(DATA_FILE);
+        let data_failed = |action| move |source| DeltaError::io(action, path.clone(), source);
+        let data = dir.open(DATA_FILE).map_err(data_failed("open"))?;
+        let data_len = data.len().map_err(data_failed("read"))?;
+        let mut page = vec![0; PAGE_SIZE.min(data_len) as usize];
+        data.read_at(&mut page, 0).map_err(data_failed("read"))?;
+        let data_id = decode_data_header(&page)
+            .map_err(|source| DeltaError::Format { path: dir.describe(DATA_FILE), source })?;
+        let file_slots = (data_len / PAGE_SIZE).saturating_sub(1);
+
+        let device_pages = device_pages(identity);
+        let mut pages = PageMap::new(device_pages);
+        let damaged = |offset, problem| DeltaError::Damaged { path: dir.describe(MAP_FILE), offset, problem };
+        let replayed = Log::replay(&*dir, |record, offset| {
+            if !record.fits(device_pages) {
+                return Err(damaged(offset, "a record names pages that are not there"));
+            }
+            pages.apply(record, &mut |_, _| {});
+            Ok(())
+        })?;
+        let mut log = replayed.log;
+        check_identity(log.header(), identity, data_id, &*dir)?;
+
+        let mut slots = Slots::new();
+        for record in pages.records() {
+            let PageKind::Data(slot) = record.state.kind() else { continue };
+            // Only now: records that later ones replaced may name slots that were cut off since.
+            if u64::from(slot.0) + u64::from(record.pages) > file_slots {
+                return Err(damaged(log.len(), "the map names slots past the end of the data"));
+            }
+            if !slots.adopt(slot, record.pages) {
+                return Err(damaged(log.len(), "two pages claim one slot"));
+            }
+        }
+        if replayed.torn {
+            // Under a new generation the torn frames can never be read again, whatever is appended where they lie.
+            log = Log::write_new(&*dir, log.next_header(), pages.records())?;
+        }
+        // Slots past the last one named were taken by writes that were never flushed.
+        let named_len = Slot(slots.len()).offset();
+        if named_len < data_len {
+            data.set_len(named_len).map_err(data_failed("cut"))?;
+        }
+        Ok(Layer::assemble(dir, data, log, pages, slots))
+    }
+
+    fn assemble(dir: Box<dyn Dir>, data: Box<dyn File>, log: Log, pages: PageMap, slots: Slots) -> Layer {
+        Layer {
+            data,
+            gate: RwLock::new(()),
+            shared: RwLock::new(Shared { pages, pin: Arc::new(()), pending: Vec::new(), let_go: Vec::new() }),
+            slots: Mutex::new(slots),
+            journal: Mutex::new(Journal {
+                rewritten_len: log.len(),
+                log,
+                retry: Vec::new(),
+                retry_let_go: Vec::new(),
+                covered: 0,
+                retired: VecDeque::new(),
+            }),
+            tickets: AtomicU64::new(0),
+            data_dirty: AtomicBool::new(false),
+            poisoned: OnceLock::new(),
+            rewrite_min_len: REWRITE_MIN_LEN,
+            dir,
+        }
+    }
+
+    /// Lets the log be rewritten when it is longer than `len` instead of 4 MiB.
+    pub fn rewrite_log_above(mut self, len: ByteLen) -> Layer {
+        self.rewrite_min_len = len.0;
+        self
+    }
+
+    /// The state of a page and the length of the run it starts, as [`PageMap::run`], with the pin to hold while reading its slots.
+    pub fn run(&self, at: PageIndex, limit: u64) -> (PageState, u64, Pin) {
+        let shared = self.shared.read();
+        let (state, len) = shared.pages.run(at, limit);
+        (state, len, Pin(shared.pin.clone()))
+    }
+
+    /// Pages that have a slot.
+    pub fn data_pages(&self) -> u64 {
+        self.shared.read().pages.data_pages()
+    }
+
+    /// A snapshot of everything the layer holds, for those who walk all of it.
+    pub fn snapshot(&self) -> PageMap {
+        self.shared.read().pages.clone()
+    }
+
+    /// Reads from the slots of a run: `skip` bytes into `first`, under the run's pin.
+    pub fn read(&self, first: Slot, skip: u64, buf: &mut [u8]) -> Result<(), DeltaError> {
+        self.data.read_at(buf, first.offset() + skip).map_err(|source| self.data_failed("read", source))
+    }
+
+    /// Like [`Layer::read`] if it needs no disk; `false` where it would wait.
+    pub fn read_nowait(&self, first: Slot, skip: u64, buf: &mut [u8]) -> Result<bool, DeltaError> {
+        self.data
+            .read_at_nowait(buf, first.offset() + skip)
+            .map_err(|source| self.data_failed("read", source))
+    }
+
+    /// Writes whole pages from `first` on. Not durable before the next flush. On `Err` each page is old or new.
+    pub fn write(&self, first: PageIndex, bytes: &[u8]) -> Result<(), DeltaError> {
+        debug_assert!(bytes.len().is_multiple_of(PAGE_SIZE as usize));
+        self.check_writable()?;
+        let total = bytes.len() as u64 / PAGE_SIZE;
+        let _gate = self.gate.read();
+        let mut done = 0;
+        while done < total {
+            let at = PageIndex(first.0 + done);
+            let place = self.place(at, total - done)?;
+            let part = (done * PAGE_SIZE) as usize..((done + u64::from(place.pages)) * PAGE_SIZE) as usize;
+            self.data_dirty.store(true, Ordering::Release);
+            if let Err(source) = self.data.write_at(&bytes[part], place.slot.offset()) {
+                if !place.named {
+                    self.slots.lock().release(place.slot, place.pages);
+                }
+                return Err(self.data_failed("write", source));
+            }
+            if !place.named {
+                // After the bytes: a reader that finds the slot finds them in it.
+                let state = PageState::data(place.slot);
+                self.shared.write().note(Record { first: at, pages: place.pages, state });
+            }
+            done += u64::from(place.pages);
+        }
+        Ok(())
+    }
+
+    /// Where the next pages go (rule 1): in place if their slots are in no commit, captured or durable; else into slots nobody names.
+    fn place(&self, at: PageIndex, limit: u64) -> Result<Place, DeltaError> {
+        let (state, run) = self.shared.read().pages.run(at, limit);
+        let run = run.min(u64::from(u32::MAX)) as u32;
+        let mut slots = self.slots.lock();
+        let mut want = run;
+        if let PageKind::Data(slot) = state.kind() {
+            let (fresh, alike) = slots.fresh_run(slot, run);
+            if fresh {
+                return Ok(Place { slot, pages: alike, named: true });
+            }
+            want = alike;
+        }
+        let (slot, pages) =
+            slots.take(want).ok_or_else(|| DeltaError::Full { path: self.dir.describe(DATA_FILE) })?;
+        Ok(Place { slot, pages, named: false })
+    }
+
+    /// Sets whole pages to a state without bytes: zero, or base (which uncovers what is below).
+    pub fn set(&self, first: PageIndex, pages: u64, state: PageState) -> Result<(), DeltaError> {
+        debug_assert!(!matches!(state.kind(), PageKind::Data(_)));
+        self.check_writable()?;
+        let _gate = self.gate.read();
+        let mut shared = self.shared.write();
+        let mut done = 0;
+        while done < pages {
+            let len = (pages - done).min(u64::from(u32::MAX)) as u32;
+            shared.note(Record { first: PageIndex(first.0 + done), pages: len, state });
+            done += u64::from(len);
+        }
+        Ok(())
+    }
+
+    /// Whether enough has gathered in memory that a commit should be made even if nobody asks for one.
+    pub fn wants_commit(&self) -> bool {
+        self.shared.read().pending.len() > PENDING_SOFT
+    }
+
+    /// Whether anything was written or zeroed since the last capture.
+    pub fn has_pending(&self) -> bool {
+        !self.shared.read().pending.is_empty()
+    }
+
+    /// Makes durable all that was written before the call. One commit serves every caller that came before its capture.
+    pub fn flush(&self) -> Result<(), DeltaError> {
+        let ticket = self.tickets.fetch_add(1, Ordering::SeqCst);
+        let mut journal = self.journal.lock();
+        self.check_poison()?;
+        if ticket < journal.covered {
+            return Ok(());
+        }
+        // Whoever has a ticket now had his writes acknowledged before; the capture below takes them all.
+        let covers = self.tickets.load(Ordering::SeqCst);
+        let rewrite = journal.log.len() > self.rewrite_min_len.max(REWRITE_FACTOR * journal.rewritten_len);
+        let (pin, let_go, snapshot) = {
+            let _gate = self.gate.write();
+            let mut shared = self.shared.write();
+            self.slots.lock().seal_fresh();
+            let snapshot = rewrite.then(|| shared.pages.clone());
+            journal.retry.append(&mut shared.pending);
+            let let_go = std::mem::take(&mut shared.let_go);
+            (std::mem::take(&mut shared.pin), let_go, snapshot)
+        };
+        journal.retry_let_go.extend(let_go);
+        let committed = self.commit(&mut journal);
+        if committed.is_ok() {
+            journal.covered = covers;
+            let let_go = std::mem::take(&mut journal.retry_let_go);
+            journal.retired.push_back((pin, let_go));
+        } else {
+            // The readers of this capture may hold slots that a later commit will let go.
+            journal.retired.push_back((pin, Vec::new()));
+        }
+        committed?;
+        self.reclaim(&mut journal);
+        if let Some(pages) = snapshot {
+            self.rewrite(&mut journal, &pages)?;
+        }
+        Ok(())
+    }
+
+    /// Rule 3, from the first fsync to the second.
+    fn commit(&self, journal: &mut Journal) -> Result<(), DeltaError> {
+        if journal.retry.is_empty() {
+            return Ok(());
+        }
+        // Cleared first: a write that comes during the fsync is for the next one.
+        if self.data_dirty.swap(false, Ordering::AcqRel)
+            && let Err(source) = self.data.sync()
+        {
+            return Err(self.poison(self.data_failed("sync", source)));
+        }
+        let map_failed = |action, source| DeltaError::io(action, self.dir.describe(MAP_FILE), source);
+        let appended = match journal.log.append(&journal.retry) {
+            Ok(appended) => appended,
+            Err(source) => {
+                let error = map_failed("write", source);
+                return Err(match error {
+                    DeltaError::Full { .. } => error,
+                    other => self.poison(other),
+                });
+            }
+        };
+        journal.log.sync(appended).map_err(|source| self.poison(map_failed("sync", source)))?;
+        journal.retry.clear();
+        // A burst must not keep its memory for ever.
+        journal.retry.shrink_to(PENDING_SOFT);
+        Ok(())
+    }
+
+    /// Rule 2: slots that no commit names and no reader holds are free again, their space first.
+    fn reclaim(&self, journal: &mut Journal) {
+        while let Some((pin, _)) = journal.retired.front() {
+            // Only the queue holds it, and no reader can get it again: it left `shared` with its capture. Later entries wait
+            // for earlier ones, because a reader from before may hold a slot that was let go after.
+            if Arc::strong_count(pin) > 1 {
+                break;
+            }
+            let (_, runs) = journal.retired.pop_front().expect("front was there");
+            for &(slot, count) in &runs {
+                if count >= PUNCH_MIN_SLOTS
+                    && let Err(error) = self.data.punch(slot.offset(), u64::from(count) * PAGE_SIZE)
+                {
+                    tracing::warn!(path = %self.dir.describe(DATA_FILE).display(), %error, "can't give space back");
+                }
+            }
+            let mut slots = self.slots.lock();
+            for (slot, count) in runs {
+                slots.release(slot, count);
+            }
+        }
+    }
+
+    /// Replaces a log that has grown long by one that says the same in less. `pages` is the map as of the last commit.
+    fn rewrite(&self, journal: &mut Journal, pages: &PageMap) -> Result<(), DeltaError> {
+        match Log::write_new(&*self.dir, journal.log.next_header(), pages.records()) {
+            Ok(log) => {
+                journal.rewritten_len = log.len();
+                journal.log = log;
+                Ok(())
+            }
+            // The old log is whole and goes on; trying again at every flush would be no help.
+            Err(DeltaError::Full { path }) => {
+                tracing::warn!(path = %path.display(), "no space to rewrite the delta's log, it goes on growing");
+                journal.rewritten_len = journal.log.len();
+                Ok(())
+            }
+            // The rename may or may not have reached the disk: which log counts is not known.
+            Err(other) => Err(self.poison(other)),
+        }
+    }
+
+    fn data_failed(&self, action: &'static str, source: std::io::Error) -> DeltaError {
+        DeltaError::io(action, self.dir.describe(DATA_FILE), source)
+    }
+
+    fn poison(&self, error: DeltaError) -> DeltaError {
+        let reason = self.poisoned.get_or_init(|| error.to_string());
+        tracing::error!(%reason, "the delta takes no more writes until the volume is opened anew");
+        error
+    }
+
+    fn check_poison(&self) -> Result<(), DeltaError> {
+        match self.poisoned.get() {
+            Some(reason) => Err(DeltaError::Poisoned(reason.clone())),
+            None => Ok(()),
+        }
+    }
+
+    fn check_writable(&self) -> Result<(), DeltaError> {
+        self.check_poison()?;
+        if self.shared.read().pending.len() > PENDING_HARD {
+            // Only commits that keep failing for want of space get this far.
+            return Err(DeltaError::Full { path: self.dir.describe(MAP_FILE) });
+        }
+        Ok(())
+    }
+}
+
+struct Place {
+    slot: Slot,
+    pages: u32,
+    /// The map names the slot already, for these pages.
+    named: bool,
+}
+
+impl Shared {
+    fn note(&mut self, record: Record) {
+        let let_go = &mut self.let_go;
+        self.pages.apply(record, &mut |slot, count| let_go.push((slot, count)));
+        if let Some(last) = self.pending.last_mut()
+            && last.first.0 + u64::from(last.pages) == record.first.0
+            && last.state.step(last.pages) == record.state
+            && let Some(pages) = last.pages.checked_add(record.pages)
+        {
+            last.pages = pages;
+            return;
+        }
+        self.pending.push(record);
+    }
+}
+
+fn device_pages(identity: &Identity) -> u64 {
+    identity.device_size.0.div_ceil(PAGE_SIZE)
+}
+
+fn check_identity(
+    header: &MapHeader,
+    identity: &Identity,
+    data_id: LayerId,
+    dir: &dyn Dir,
+) -> Result<(), DeltaError> {
+    let path = dir.describe(MAP_FILE);
+    if header.base != identity.base {
+        return Err(DeltaError::WrongBase { path, expected: identity.base, found: header.base });
+    }
+    let foreign = |path, field| Err(DeltaError::Foreign { path, field });
+    if header.volume != identity.volume {
+        return foreign(path, "volume id");
+    }
+    if header.device_size != identity.device_size {
+        return foreign(path, "device size");
+    }
+    if header.layer != data_id {
+        return foreign(dir.describe(DATA_FILE), "layer id");
+    }
+    Ok(())
+}

@@ -1,0 +1,207 @@
+//! The log of a layer: commits appended as frames, replayed when the layer is opened.
+//!
+//! Enters: records of one commit at a time. Leaves: the records of every whole commit, in order. Invariant: a commit is either
+//! replayed whole or not at all, and one that was appended with success is always replayed.
+
+use crate::format::delta::{
+    FRAME_HEAD_LEN, FrameHead, MAP_HEADER_LEN, MAX_FRAME_RECORDS, MapHeader, Record, decode_frame,
+    encode_frame,
+};
+
+use super::disk::{Dir, File};
+use super::error::DeltaError;
+
+/// Name of the log in a layer's directory.
+pub const MAP_FILE: &str = "map";
+const NEW_MAP_FILE: &str = "map.new";
+/// Frames are written out when this many bytes of them have gathered.
+const WRITE_BUFFER: usize = 1 << 20;
+
+/// An open log, at its end.
+pub struct Log {
+    file: Box<dyn File>,
+    header: MapHeader,
+    end: u64,
+    next_sequence: u64,
+}
+
+/// What a replay found at the end of the log.
+pub struct Replayed {
+    /// The log, ready for the next commit unless `torn`.
+    pub log: Log,
+    /// Bytes follow the last whole commit: the log must be rewritten before it is appended to.
+    pub torn: bool,
+}
+
+impl Log {
+    /// Writes a new log of `records` under its temporary name, durably, and moves it into place.
+    pub fn write_new(
+        dir: &dyn Dir,
+        header: MapHeader,
+        records: impl Iterator<Item = Record>,
+    ) -> Result<Log, DeltaError> {
+        let failed = |action| move |source| DeltaError::io(action, dir.describe(NEW_MAP_FILE), source);
+        let written = (|| {
+            let file = dir.create(NEW_MAP_FILE).map_err(failed("create"))?;
+            let mut log = Log { file, header, end: 0, next_sequence: 1 };
+            let mut buffer = log.header.encode().to_vec();
+            let mut frame = Vec::with_capacity(MAX_FRAME_RECORDS);
+            let mut records = records.peekable();
+            while records.peek().is_some() {
+                frame.clear();
+                frame.extend(records.by_ref().take(MAX_FRAME_RECORDS));
+                // Every frame is a commit of its own: nobody reads this file before all of it is durable.
+                encode_frame(
+                    &mut buffer,
+                    log.header.seal(),
+                    log.next_sequence,
+                    log.next_sequence,
+                    &frame,
+                    false,
+                );
+                log.next_sequence += 1;
+                if buffer.len() >= WRITE_BUFFER {
+                    log.file.write_at(&buffer, log.end).map_err(failed("write"))?;
+                    log.end += buffer.len() as u64;
+                    buffer.clear();
+                }
+            }
+            log.file.write_at(&buffer, log.end).map_err(failed("write"))?;
+            log.end += buffer.len() as u64;
+            log.file.sync().map_err(failed("sync"))?;
+            Ok(log)
+        })();
+        let log = written.inspect_err(|_| {
+            // Best effort: the next rewrite replaces it anyway.
+            let _ = dir.remove(NEW_MAP_FILE);
+        })?;
+        dir.rename(NEW_MAP_FILE, MAP_FILE).map_err(failed("rename"))?;
+        dir.sync().map_err(failed("sync the directory of"))?;
+        Ok(log)
+    }
+
+    /// Opens the log and tells `apply` the records of each whole commit in order.
+    pub fn replay(
+        dir: &dyn Dir,
+        mut apply: impl FnMut(Record, u64) -> Result<(), DeltaError>,
+    ) -> Result<Replayed, DeltaError> {
+        let failed = |action| move |source| DeltaError::io(action, dir.describe(MAP_FILE), source);
+        let file = dir.open(MAP_FILE).map_err(failed("open"))?;
+        let len = file.len().map_err(failed("read"))?;
+        let mut bytes = vec![0; MAP_HEADER_LEN.min(len as usize)];
+        file.read_at(&mut bytes, 0).map_err(failed("read"))?;
+        let header = MapHeader::decode(&bytes)
+            .map_err(|source| DeltaError::Format { path: dir.describe(MAP_FILE), source })?;
+
+        let mut commit: Vec<Record> = Vec::new();
+        let mut commit_first = 1;
+        let mut sequence = 1;
+        let mut at = MAP_HEADER_LEN as u64;
+        let mut log = Log { end: at, next_sequence: 1, header, file };
+        while let Some(frame) = log.read_frame(at, len).map_err(failed("read"))? {
+            let Some((head, records, more)) = decode_frame(&frame, log.header.seal()) else { break };
+            if head.sequence != sequence || head.commit != commit_first {
+                break;
+            }
+            commit.extend(records);
+            at += frame.len() as u64;
+            sequence += 1;
+            if !more {
+                for record in commit.drain(..) {
+                    apply(record, log.end)?;
+                }
+                commit_first = sequence;
+                (log.end, log.next_sequence) = (at, sequence);
+            }
+        }
+        if at < len && log.later_commit_follows(at, len, commit_first).map_err(failed("read"))? {
+            return Err(DeltaError::Damaged {
+                path: dir.describe(MAP_FILE),
+                offset: at,
+                problem: "a frame is damaged, and later commits follow it",
+            });
+        }
+        let torn = log.end < len;
+        Ok(Replayed { log, torn })
+    }
+
+    fn read_frame(&self, at: u64, len: u64) -> std::io::Result<Option<Vec<u8>>> {
+        let mut head_bytes = [0; FRAME_HEAD_LEN];
+        if at + FRAME_HEAD_LEN as u64 > len {
+            return Ok(None);
+        }
+        self.file.read_at(&mut head_bytes, at)?;
+        let Some(head) = FrameHead::decode(&head_bytes) else { return Ok(None) };
+        if at + head.frame_len() as u64 > len {
+            return Ok(None);
+        }
+        let mut frame = vec![0; head.frame_len()];
+        self.file.read_at(&mut frame, at)?;
+        Ok(Some(frame))
+    }
+
+    /// Whether a good frame of a commit after the one that starts at `commit` lies anywhere past `at`. Frames are multiples of eight bytes.
+    fn later_commit_follows(&self, mut at: u64, len: u64, commit: u64) -> std::io::Result<bool> {
+        while at + FRAME_HEAD_LEN as u64 <= len {
+            if let Some(frame) = self.read_frame(at, len)?
+                && let Some((head, ..)) = decode_frame(&frame, self.header.seal())
+                && head.commit > commit
+            {
+                return Ok(true);
+            }
+            at += 8;
+        }
+        Ok(false)
+    }
+
+    /// Appends one commit, not yet durable. On `Err` the log is as it was.
+    pub fn append(&mut self, records: &[Record]) -> std::io::Result<Appended> {
+        let commit = self.next_sequence;
+        let (mut end, mut sequence) = (self.end, self.next_sequence);
+        let mut buffer = Vec::new();
+        let mut frames = records.chunks(MAX_FRAME_RECORDS).peekable();
+        while let Some(frame) = frames.next() {
+            let more = frames.peek().is_some();
+            encode_frame(&mut buffer, self.header.seal(), sequence, commit, frame, more);
+            sequence += 1;
+            if buffer.len() >= WRITE_BUFFER || !more {
+                if let Err(error) = self.file.write_at(&buffer, end) {
+                    // What was written past `end` is a torn tail; the next append goes over it. Cutting it off frees the space.
+                    let _ = self.file.set_len(self.end);
+                    return Err(error);
+                }
+                end += buffer.len() as u64;
+                buffer.clear();
+            }
+        }
+        Ok(Appended { end, next_sequence: sequence })
+    }
+
+    /// Makes what was appended durable; only now does it count.
+    pub fn sync(&mut self, appended: Appended) -> std::io::Result<()> {
+        self.file.sync()?;
+        (self.end, self.next_sequence) = (appended.end, appended.next_sequence);
+        Ok(())
+    }
+
+    /// Length of the log in bytes.
+    pub fn len(&self) -> u64 {
+        self.end
+    }
+
+    /// The log's identity.
+    pub fn header(&self) -> &MapHeader {
+        &self.header
+    }
+
+    /// The identity of the log that replaces this one.
+    pub fn next_header(&self) -> MapHeader {
+        MapHeader { generation: self.header.generation + 1, ..self.header.clone() }
+    }
+}
+
+/// Where the log ends once an appended commit counts.
+pub struct Appended {
+    end: u64,
+    next_sequence: u64,
+}

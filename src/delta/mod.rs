@@ -1,0 +1,18 @@
+//! A volume's own writes: copy-on-write in 4 KiB pages, as a stack of layers over a commit.
+//!
+//! Enters: whole pages to write, ranges to zero, FLUSH. Leaves: for each page whether it is base, zero, or these bytes.
+//! Invariant: see FORMAT.md, "Why a crash can't lose or tear". All calls may block on the disk; `*_nowait` calls do not.
+
+pub mod disk;
+mod error;
+mod layer;
+mod log;
+pub mod page_map;
+pub mod simulated;
+mod slots;
+mod stack;
+
+pub use crate::format::delta::{LayerId, Slot, VolumeId};
+pub use error::DeltaError;
+pub use layer::{Identity, Layer, Pin};
+pub use stack::{Delta, Run, Source};

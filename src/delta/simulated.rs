@@ -1,0 +1,338 @@
+//! A disk in memory that forgets what was not synced: for tests of crashes.
+//!
+//! Enters: file operations. Leaves, after [`SimulatedDisk::crash`]: a disk as a power cut may have left it: for each 512-byte
+//! sector the synced content or that of any write since, for each file a length of that time, and a prefix of the directory operations
+//! since the directory's last sync. Invariant: what was synced is there.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::disk::{Dir, File};
+
+const SECTOR: usize = 512;
+
+/// A small splitmix64 generator: the same seed gives the same crash.
+#[derive(Clone, Debug)]
+pub struct Dice(pub u64);
+
+impl Dice {
+    /// A number below `n`.
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % n
+    }
+}
+
+#[derive(Clone, Default)]
+struct Inode {
+    /// What programs see.
+    current: Vec<u8>,
+    /// What a crash can't take.
+    durable: Vec<u8>,
+    /// Writes since the last sync: (offset, bytes), in order.
+    unsynced: Vec<(usize, Vec<u8>)>,
+    /// Lengths since the last sync.
+    lengths: Vec<usize>,
+}
+
+#[derive(Clone)]
+enum DirOp {
+    Link(String, usize),
+    Rename(String, String),
+    Remove(String),
+}
+
+fn apply(names: &mut HashMap<String, usize>, op: &DirOp) {
+    match op {
+        DirOp::Link(name, inode) => {
+            names.insert(name.clone(), *inode);
+        }
+        DirOp::Rename(from, to) => {
+            if let Some(inode) = names.remove(from) {
+                names.insert(to.clone(), inode);
+            }
+        }
+        DirOp::Remove(name) => {
+            names.remove(name);
+        }
+    }
+}
+
+#[derive(Default)]
+struct State {
+    inodes: Vec<Inode>,
+    names: HashMap<String, usize>,
+    durable_names: HashMap<String, usize>,
+    unsynced_ops: Vec<DirOp>,
+    /// Syncs left until the power goes.
+    syncs_left: Option<u64>,
+    /// Bytes that may still be written before the disk is full.
+    space_left: Option<u64>,
+    fail_next_sync: bool,
+    off: bool,
+    syncs: u64,
+}
+
+impl State {
+    fn check_power(&self) -> io::Result<()> {
+        if self.off { Err(io::Error::other("the power is off")) } else { Ok(()) }
+    }
+
+    /// Counts a sync; the power may go just before it takes effect.
+    fn before_sync(&mut self) -> io::Result<()> {
+        self.check_power()?;
+        self.syncs += 1;
+        if let Some(left) = &mut self.syncs_left {
+            if *left == 0 {
+                self.off = true;
+            } else {
+                *left -= 1;
+            }
+        }
+        if std::mem::take(&mut self.fail_next_sync) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.check_power()
+    }
+}
+
+/// The disk; clones share it.
+#[derive(Clone, Default)]
+pub struct SimulatedDisk {
+    state: Arc<Mutex<State>>,
+}
+
+impl SimulatedDisk {
+    /// An empty disk.
+    pub fn new() -> SimulatedDisk {
+        SimulatedDisk::default()
+    }
+
+    /// The disk's one directory.
+    pub fn dir(&self) -> Box<dyn Dir> {
+        Box::new(self.clone())
+    }
+
+    /// Lets `syncs` more syncs through; at the next one the power goes, before it takes effect.
+    pub fn cut_power_after(&self, syncs: u64) {
+        self.state.lock().syncs_left = Some(syncs);
+    }
+
+    /// Lets `bytes` more bytes through before writes fail with ENOSPC; `None` for no limit.
+    pub fn limit_space(&self, bytes: Option<u64>) {
+        self.state.lock().space_left = bytes;
+    }
+
+    /// Makes the next sync fail with EIO.
+    pub fn fail_next_sync(&self) {
+        self.state.lock().fail_next_sync = true;
+    }
+
+    /// Whether the power has gone.
+    pub fn is_off(&self) -> bool {
+        self.state.lock().off
+    }
+
+    /// Syncs so far.
+    pub fn syncs(&self) -> u64 {
+        self.state.lock().syncs
+    }
+
+    /// Flips a bit of a file, durably.
+    pub fn flip(&self, name: &str, byte: usize, bit: u8) {
+        let mut state = self.state.lock();
+        let inode = state.names[name];
+        state.inodes[inode].current[byte] ^= 1 << bit;
+        state.inodes[inode].durable[byte] ^= 1 << bit;
+    }
+
+    /// Length of a file.
+    pub fn file_len(&self, name: &str) -> usize {
+        let state = self.state.lock();
+        state.inodes[state.names[name]].current.len()
+    }
+
+    /// Cuts the power now and gives one of the disks that may be found afterwards.
+    pub fn crash(&self, dice: &mut Dice) -> SimulatedDisk {
+        let mut state = self.state.lock();
+        state.off = true;
+        let mut names = state.durable_names.clone();
+        let kept = dice.below(state.unsynced_ops.len() as u64 + 1) as usize;
+        for op in &state.unsynced_ops[..kept] {
+            apply(&mut names, op);
+        }
+        let inodes = state
+            .inodes
+            .iter()
+            .map(|inode| {
+                let content = torn(inode, dice);
+                Inode { current: content.clone(), durable: content, ..Inode::default() }
+            })
+            .collect();
+        let state = State { inodes, durable_names: names.clone(), names, ..State::default() };
+        SimulatedDisk { state: Arc::new(Mutex::new(state)) }
+    }
+}
+
+fn torn(inode: &Inode, dice: &mut Dice) -> Vec<u8> {
+    let mut content = inode.durable.clone();
+    let longest = inode.lengths.iter().copied().max().unwrap_or(0).max(content.len());
+    let choice = dice.below(inode.lengths.len() as u64 + 1) as usize;
+    let len = if choice == 0 { content.len() } else { inode.lengths[choice - 1] };
+    content.resize(longest, 0);
+    // A whole crash in one of three moods: all writes lost, all there, or sector by sector.
+    let mood = dice.below(3);
+    for (at, bytes) in &inode.unsynced {
+        let mut done = 0;
+        while done < bytes.len() {
+            let sector_end = ((at + done) / SECTOR + 1) * SECTOR;
+            let stop = bytes.len().min(sector_end - at);
+            if mood == 1 || mood == 2 && dice.below(2) == 0 {
+                content[at + done..at + stop].copy_from_slice(&bytes[done..stop]);
+            }
+            done = stop;
+        }
+    }
+    content.truncate(len);
+    content
+}
+
+impl Dir for SimulatedDisk {
+    fn create(&self, name: &str) -> io::Result<Box<dyn File>> {
+        let mut state = self.state.lock();
+        state.check_power()?;
+        // A new inode even where the name was taken: what truncation leaves after a crash is then never the old content under
+        // the new name, which journalling file systems promise too.
+        let inode = state.inodes.len();
+        state.inodes.push(Inode::default());
+        let op = DirOp::Link(name.to_owned(), inode);
+        apply(&mut state.names, &op);
+        state.unsynced_ops.push(op);
+        Ok(Box::new(SimulatedFile { disk: self.clone(), inode }))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Box<dyn File>> {
+        let state = self.state.lock();
+        state.check_power()?;
+        let inode = *state.names.get(name).ok_or(io::ErrorKind::NotFound)?;
+        Ok(Box::new(SimulatedFile { disk: self.clone(), inode }))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        let mut state = self.state.lock();
+        state.check_power()?;
+        let op = DirOp::Rename(from.to_owned(), to.to_owned());
+        apply(&mut state.names, &op);
+        state.unsynced_ops.push(op);
+        Ok(())
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        let mut state = self.state.lock();
+        state.check_power()?;
+        let op = DirOp::Remove(name.to_owned());
+        apply(&mut state.names, &op);
+        state.unsynced_ops.push(op);
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.state.lock();
+        state.before_sync()?;
+        state.durable_names = state.names.clone();
+        state.unsynced_ops.clear();
+        Ok(())
+    }
+
+    fn describe(&self, name: &str) -> PathBuf {
+        PathBuf::from("simulated").join(name)
+    }
+}
+
+struct SimulatedFile {
+    disk: SimulatedDisk,
+    inode: usize,
+}
+
+impl File for SimulatedFile {
+    fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
+        let state = self.disk.state.lock();
+        state.check_power()?;
+        let content = &state.inodes[self.inode].current;
+        let found = content.get(at as usize..at as usize + buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        buf.copy_from_slice(found);
+        Ok(())
+    }
+
+    fn read_at_nowait(&self, buf: &mut [u8], at: u64) -> io::Result<bool> {
+        self.read_at(buf, at).map(|()| true)
+    }
+
+    fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        let mut state = self.disk.state.lock();
+        state.check_power()?;
+        let mut room = bytes.len();
+        if let Some(left) = &mut state.space_left {
+            room = room.min(*left as usize);
+            *left -= room as u64;
+        }
+        let inode = &mut state.inodes[self.inode];
+        let end = at as usize + room;
+        if inode.current.len() < end {
+            inode.current.resize(end, 0);
+            inode.lengths.push(end);
+        }
+        inode.current[at as usize..end].copy_from_slice(&bytes[..room]);
+        inode.unsynced.push((at as usize, bytes[..room].to_vec()));
+        if room < bytes.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.disk.state.lock();
+        state.before_sync()?;
+        let inode = &mut state.inodes[self.inode];
+        inode.durable = inode.current.clone();
+        inode.unsynced.clear();
+        inode.lengths.clear();
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        let state = self.disk.state.lock();
+        state.check_power()?;
+        Ok(state.inodes[self.inode].current.len() as u64)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut state = self.disk.state.lock();
+        state.check_power()?;
+        let inode = &mut state.inodes[self.inode];
+        let old = inode.current.len();
+        inode.current.resize(len as usize, 0);
+        inode.lengths.push(len as usize);
+        if (len as usize) < old {
+            // What was cut off must not come back when the file grows again.
+            inode.unsynced.push((len as usize, vec![0; old - len as usize]));
+        }
+        Ok(())
+    }
+
+    fn punch(&self, at: u64, len: u64) -> io::Result<()> {
+        let mut state = self.disk.state.lock();
+        state.check_power()?;
+        let inode = &mut state.inodes[self.inode];
+        let end = (at + len).min(inode.current.len() as u64) as usize;
+        if (at as usize) < end {
+            inode.current[at as usize..end].fill(0);
+            inode.unsynced.push((at as usize, vec![0; end - at as usize]));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,411 @@
+//! One connection in its transmission phase, on a thread of its own.
+//!
+//! Enters: bytes of a socket. Leaves: replies. Invariant: what is held for a client is bounded ([`MAX_IN_FLIGHT`], [`MAX_IN_FLIGHT_BYTES`],
+//! [`MAX_OUTPUT`]); when a bound is reached no more is read from it until something has left.
+//!
+//! While nothing is in flight the thread waits in the receive call itself: a warm request costs one receive and one send and no other system call. Payloads of
+//! writes are used where they were received if they are there whole, else received straight into a buffer of their own.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use nbd_proto::server::{Decoded, Replies, StreamError, Transmission};
+use nbd_proto::{Command, Errno, ExportFacts, Request, validate};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno as SystemError;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+
+use super::export::Export;
+use super::handshake::Chosen;
+use super::mailbox::Mailbox;
+use super::output::{MAX_SLICES, Output};
+use super::peers::Membership;
+use super::received::Received;
+use super::reply::{self, Outcome};
+use super::request::{self, ContextKind, Rest};
+
+/// Requests that wait for something, of one connection.
+const MAX_IN_FLIGHT: usize = 256;
+/// Bytes those requests are about; one more request may go past it.
+const MAX_IN_FLIGHT_BYTES: u64 = 64 << 20;
+/// Bytes of replies the client has not taken; one more reply may go past it.
+const MAX_OUTPUT: u64 = 8 << 20;
+/// A payload buffer larger than this is given back after its use.
+const KEEP_PAYLOAD: usize = 4 << 20;
+
+/// Why a connection ended before its client was done.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectionError {
+    /// The client broke the protocol.
+    #[error(transparent)]
+    Protocol(#[from] StreamError),
+    /// The socket failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// How a connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The client said it disconnects.
+    Disconnected,
+    /// The client closed the socket between requests, without saying so.
+    Closed,
+    /// The client closed the socket with requests in flight or half sent.
+    Vanished,
+    /// The server stops.
+    Stopped,
+}
+
+/// What the next bytes of the client are.
+enum Receiving {
+    Header,
+    /// The payload of a valid request: so many bytes of the payload buffer are here.
+    Payload {
+        request: Request,
+        here: usize,
+    },
+    /// The payload of a refused one.
+    Drain {
+        request: Request,
+        errno: Errno,
+        left: usize,
+    },
+}
+
+struct Finished {
+    request: Request,
+    outcome: Outcome,
+}
+
+struct Connection {
+    socket: OwnedFd,
+    export: Arc<Export>,
+    membership: Membership,
+    /// Where requests that must wait are run.
+    shared: Handle,
+    decoder: Transmission,
+    replies: Replies,
+    facts: ExportFacts,
+    contexts: Arc<[(u32, ContextKind)]>,
+    input: Received,
+    /// Payloads that did not come with their header; grows to the largest and is used again.
+    payload: Vec<u8>,
+    receiving: Receiving,
+    output: Output,
+    in_flight: usize,
+    in_flight_bytes: u64,
+    finished: Arc<Mailbox<Finished>>,
+    /// Bytes were received since the other connections were last looked at.
+    unchecked: bool,
+}
+
+/// Serves the client until it is done, vanishes, or `stop` is called (and [`super::peers::Peers::wake_all`] after it); then finishes what is in flight. Requests that must
+/// wait run on `shared`. Blocks: for a thread of its own.
+pub fn run(
+    socket: OwnedFd,
+    chosen: Chosen,
+    shared: Handle,
+    stop: &CancellationToken,
+) -> Result<End, ConnectionError> {
+    let Chosen { negotiated, export, input } = chosen;
+    let membership = export.peers().join(socket.try_clone()?);
+    let decoder = negotiated.transmission();
+    let contexts = negotiated
+        .contexts
+        .iter()
+        .filter_map(|context| ContextKind::of(&context.name).map(|kind| (context.id, kind)))
+        .collect();
+    let mut connection = Connection {
+        socket,
+        export,
+        membership,
+        shared,
+        replies: decoder.replies(),
+        facts: negotiated.facts(),
+        decoder,
+        contexts,
+        input: Received::starting_with(&input),
+        payload: Vec::new(),
+        receiving: Receiving::Header,
+        output: Output::default(),
+        in_flight: 0,
+        in_flight_bytes: 0,
+        finished: Arc::new(Mailbox::new()?),
+        unchecked: true,
+    };
+    connection.serve(stop)
+}
+
+impl Connection {
+    fn serve(&mut self, stop: &CancellationToken) -> Result<End, ConnectionError> {
+        let mut end = None;
+        let mut finished = Vec::new();
+        loop {
+            if end.is_none()
+                && let Err(error) = self.process()
+            {
+                // What was answered before is still sent, if the client takes it at once.
+                let _ = self.send();
+                return Err(error.into());
+            }
+            self.finished.take(&mut finished);
+            for Finished { request, outcome } in finished.drain(..) {
+                self.in_flight -= 1;
+                self.in_flight_bytes -= request::weight(&request);
+                reply::put(&mut self.output, self.replies, &request, outcome);
+            }
+            match self.send() {
+                Err(error) if is_gone(&error) => return Ok(self.closed()),
+                other => other?,
+            }
+            if self.decoder.is_closed() {
+                end.get_or_insert(End::Disconnected);
+            } else if stop.is_cancelled() {
+                end.get_or_insert(End::Stopped);
+            }
+            if let Some(end) = end
+                && self.in_flight == 0
+                && self.output.pending() == 0
+            {
+                return Ok(end);
+            }
+            let wants_input = end.is_none() && self.has_room();
+            match self.wait(wants_input) {
+                Ok(true) => {}
+                // A stop shuts the socket for reading; that is not the client.
+                Ok(false) if stop.is_cancelled() => {}
+                Ok(false) => return Ok(self.closed()),
+                Err(error) if is_gone(&error) => return Ok(self.closed()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// How it ends where the client closed the socket.
+    fn closed(&self) -> End {
+        let idle =
+            self.in_flight == 0 && self.input.is_empty() && matches!(self.receiving, Receiving::Header);
+        if idle { End::Closed } else { End::Vanished }
+    }
+
+    /// Whether more of the client's requests may be taken on.
+    #[inline]
+    fn has_room(&self) -> bool {
+        self.in_flight < MAX_IN_FLIGHT
+            && self.in_flight_bytes < MAX_IN_FLIGHT_BYTES
+            && self.output.pending() < MAX_OUTPUT
+    }
+
+    /// Waits until something can be done, and receives if that is it; `false` where the client has closed its end.
+    fn wait(&mut self, wants_input: bool) -> io::Result<bool> {
+        if wants_input && self.in_flight == 0 && self.output.pending() == 0 {
+            return self.receive(RecvFlags::empty());
+        }
+        let mut events = PollFlags::empty();
+        if wants_input {
+            events |= PollFlags::IN;
+        }
+        if self.output.pending() > 0 {
+            events |= PollFlags::OUT;
+        }
+        let mut asked = [
+            PollFd::new(&self.socket, events),
+            PollFd::from_borrowed_fd(self.finished.bell(), PollFlags::IN),
+        ];
+        match poll(&mut asked, None) {
+            Ok(_) | Err(SystemError::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let happened = asked[0].revents();
+        if happened.intersects(PollFlags::HUP | PollFlags::ERR) && !happened.contains(PollFlags::IN) {
+            return Ok(false);
+        }
+        if wants_input && happened.contains(PollFlags::IN) {
+            return self.receive(RecvFlags::DONTWAIT);
+        }
+        Ok(true)
+    }
+
+    /// Receives what there is, into the payload that is waited for or the input; `false` at the end of the stream.
+    #[inline]
+    fn receive(&mut self, flags: RecvFlags) -> io::Result<bool> {
+        let target = match &mut self.receiving {
+            Receiving::Payload { request, here } => &mut self.payload[*here..request.payload as usize],
+            Receiving::Header | Receiving::Drain { .. } => self.input.room(),
+        };
+        let received = match recv(&self.socket, target, flags) {
+            Ok((received, _)) => received,
+            Err(SystemError::INTR | SystemError::AGAIN) => return Ok(true),
+            Err(error) => return Err(error.into()),
+        };
+        match &mut self.receiving {
+            Receiving::Payload { here, .. } => *here += received,
+            Receiving::Header | Receiving::Drain { .. } => self.input.add(received),
+        }
+        self.unchecked = true;
+        Ok(received > 0)
+    }
+
+    /// Sends as much as the socket takes without waiting.
+    #[inline]
+    fn send(&mut self) -> io::Result<()> {
+        while self.output.pending() > 0 {
+            let mut slices: [IoSlice<'_>; MAX_SLICES] = std::array::from_fn(|_| IoSlice::new(&[]));
+            let count = self.output.slices(&mut slices);
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match sendmsg(&self.socket, &slices[..count], &mut SendAncillaryBuffer::default(), flags) {
+                Ok(sent) => self.output.advance(sent),
+                Err(SystemError::AGAIN) => break,
+                Err(SystemError::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what the bytes received so far ask for.
+    fn process(&mut self) -> Result<(), StreamError> {
+        while self.has_room() {
+            match self.receiving {
+                Receiving::Header => {
+                    let request = match self.decoder.decode(self.input.bytes())? {
+                        Decoded::Need(_) => return Ok(()),
+                        Decoded::Request(request) => request,
+                    };
+                    self.input.consume(self.decoder.header_len());
+                    if request.command == Command::Disc {
+                        return Ok(());
+                    }
+                    self.take_on(request);
+                }
+                Receiving::Payload { request, here } => {
+                    if here < request.payload as usize {
+                        return Ok(());
+                    }
+                    self.receiving = Receiving::Header;
+                    self.decoder.payload_done();
+                    let mut payload = std::mem::take(&mut self.payload);
+                    let rest = self.begin(&request, &payload[..request.payload as usize]);
+                    if let Some(rest) = rest {
+                        payload.truncate(request.payload as usize);
+                        self.begin_task(request, Bytes::from(payload), rest);
+                    } else if payload.len() <= KEEP_PAYLOAD {
+                        self.payload = payload;
+                    }
+                }
+                Receiving::Drain { request, errno, ref mut left } => {
+                    let here = self.input.bytes().len().min(*left);
+                    self.input.consume(here);
+                    *left -= here;
+                    if *left > 0 {
+                        return Ok(());
+                    }
+                    self.receiving = Receiving::Header;
+                    self.decoder.payload_done();
+                    self.refuse(&request, errno);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A new request, its header consumed.
+    #[inline]
+    fn take_on(&mut self, request: Request) {
+        let payload_len = request.payload as usize;
+        match validate(&request, &self.facts) {
+            Err(errno) if payload_len == 0 => self.refuse(&request, errno),
+            Err(errno) => self.receiving = Receiving::Drain { request, errno, left: payload_len },
+            Ok(()) if payload_len <= self.input.bytes().len() => {
+                // Taken out for the call, which needs the rest of the connection too.
+                let input = std::mem::take(&mut self.input);
+                let payload = &input.bytes()[..payload_len];
+                if payload_len > 0 {
+                    self.decoder.payload_done();
+                }
+                if let Some(rest) = self.begin(&request, payload) {
+                    // What is left of a request that is written already needs no payload.
+                    let needed = if matches!(rest, Rest::All) { payload } else { &[] };
+                    self.begin_task(request, Bytes::copy_from_slice(needed), rest);
+                }
+                self.input = input;
+                self.input.consume(payload_len);
+            }
+            Ok(()) => {
+                // Validation bounds it. What is here moves over, the rest is received into its place.
+                if self.payload.len() < payload_len {
+                    self.payload.resize(payload_len, 0);
+                }
+                let here = self.input.bytes().len();
+                self.payload[..here].copy_from_slice(self.input.bytes());
+                self.input.consume(here);
+                self.receiving = Receiving::Payload { request, here };
+            }
+        }
+    }
+
+    fn refuse(&mut self, request: &Request, errno: Errno) {
+        let outcome = Outcome::Failed(errno, errno.to_string());
+        reply::put(&mut self.output, self.replies, request, outcome);
+    }
+
+    /// Does at once what can be done at once; tells what is left for a task.
+    #[inline]
+    fn begin(&mut self, request: &Request, payload: &[u8]) -> Option<Rest> {
+        if request.command.is_write() && self.unchecked {
+            // The client may have sent this again after another of its connections died: what that one still has must not come after it.
+            self.membership.fence_the_dead();
+            self.unchecked = false;
+        }
+        let tried = request::try_now(&self.export, self.membership.fence(), request, payload);
+        if request.command.is_write() && self.export.device().claim_unasked_commit() {
+            self.commit_unasked();
+        }
+        match tried {
+            Ok(outcome) => {
+                reply::put(&mut self.output, self.replies, request, outcome);
+                None
+            }
+            Err(rest) => Some(rest),
+        }
+    }
+
+    fn begin_task(&mut self, request: Request, payload: Bytes, rest: Rest) {
+        self.in_flight += 1;
+        self.in_flight_bytes += request::weight(&request);
+        let (export, fence) = (self.export.clone(), self.membership.fence().clone());
+        let (contexts, finished) = (self.contexts.clone(), self.finished.clone());
+        self.shared.spawn(async move {
+            let outcome = request::run(export, fence, contexts, request, payload, rest).await;
+            finished.post(Finished { request, outcome });
+        });
+    }
+
+    fn commit_unasked(&self) {
+        let export = self.export.clone();
+        self.shared.spawn_blocking(move || {
+            if let Err(error) = export.device().commit_unasked() {
+                tracing::warn!(export = export.name(), %error, "can't commit writes that were not flushed yet");
+            }
+        });
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // The peers list has a descriptor of this socket until the membership goes: the client is told now.
+        let _ = rustix::net::shutdown(self.socket.as_fd(), rustix::net::Shutdown::Both);
+    }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted
+    )
+}

@@ -1,0 +1,64 @@
+//! Where things are in a repository: the layout of keys in FORMAT.md.
+
+use super::{BranchName, ImageName, TagName};
+use crate::format::{CommitId, NodeId, ObjectId};
+use crate::store::{Key, KeyPrefix};
+
+fn key(text: &str) -> Key {
+    Key::new(text)
+        .expect("names and ids are plain segments, and the longest layout is far below the longest key")
+}
+
+fn prefix(text: &str) -> KeyPrefix {
+    KeyPrefix::new(text)
+        .expect("names and ids are plain segments, and the longest layout is far below the longest key")
+}
+
+pub(super) fn format() -> Key {
+    key("format")
+}
+
+pub(super) fn images() -> KeyPrefix {
+    prefix("images/")
+}
+
+/// A ref's name below `refs/`.
+pub(super) fn branch_name(branch: &BranchName) -> String {
+    format!("heads/{branch}")
+}
+
+/// A ref's name below `refs/`.
+pub(super) fn tag_name(tag: &TagName) -> String {
+    format!("tags/{tag}")
+}
+
+/// `name` is what [`branch_name`] or [`tag_name`] made.
+pub(super) fn reference(image: &ImageName, name: &str) -> Key {
+    key(&format!("images/{image}/refs/{name}"))
+}
+
+pub(super) fn heads(image: &ImageName) -> KeyPrefix {
+    prefix(&format!("images/{image}/refs/heads/"))
+}
+
+pub(super) fn tags(image: &ImageName) -> KeyPrefix {
+    prefix(&format!("images/{image}/refs/tags/"))
+}
+
+pub(super) fn commit(image: &ImageName, id: &CommitId) -> Key {
+    key(&format!("images/{image}/commits/{id}"))
+}
+
+/// `digits` are plain.
+pub(super) fn commits(image: &ImageName, digits: &str) -> KeyPrefix {
+    prefix(&format!("images/{image}/commits/{digits}"))
+}
+
+pub(super) fn node(image: &ImageName, id: &NodeId) -> Key {
+    key(&format!("images/{image}/maps/{id}"))
+}
+
+pub(super) fn object(image: &ImageName, id: &ObjectId) -> Key {
+    let id = id.to_string();
+    key(&format!("images/{image}/blocks/{}/{id}", &id[..2]))
+}

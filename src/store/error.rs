@@ -1,0 +1,161 @@
+//! What can go wrong at a store.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::{Key, KeyError};
+
+/// An error of a store. Cheap to clone: one failed request may have many waiters.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// There is no such object.
+    #[error("{store}: no object {key}")]
+    NotFound {
+        /// The store.
+        store: String,
+        /// The object.
+        key: Key,
+    },
+    /// The place itself is not there.
+    #[error("{store}: no such directory")]
+    NoPlace {
+        /// The store.
+        store: String,
+    },
+    /// Someone else changed the object first.
+    #[error("{store}: {key} was changed by someone else")]
+    Conflict {
+        /// The store.
+        store: String,
+        /// The object.
+        key: Key,
+    },
+    /// A write-once object exists and has other content.
+    #[error("{store}: {key} exists with other content; one of the two is damaged")]
+    AlreadyExists {
+        /// The store.
+        store: String,
+        /// The object.
+        key: Key,
+    },
+    /// The object ends before the range does, or the reply did.
+    #[error("{store}: {key} is cut short: {actual} bytes where {expected} were asked for")]
+    ShortBody {
+        /// The store.
+        store: String,
+        /// The object.
+        key: Key,
+        /// Bytes asked for.
+        expected: u64,
+        /// Bytes there.
+        actual: u64,
+    },
+    /// An object that is read whole is longer than any should be.
+    #[error("{store}: {key} has {len} bytes, at most {max} are read")]
+    TooLong {
+        /// The store.
+        store: String,
+        /// The object.
+        key: Key,
+        /// Its length.
+        len: u64,
+        /// The bound.
+        max: u64,
+    },
+    /// A range whose end lies before its start.
+    #[error("{store}: {key}: no range from {start} to {end}")]
+    BadRange {
+        /// The store.
+        store: String,
+        /// The object.
+        key: Key,
+        /// First byte.
+        start: u64,
+        /// One past the last.
+        end: u64,
+    },
+    /// A name that can't be a key.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// No space, or over quota.
+    #[error("{store}: no space left while writing {what}")]
+    NoSpace {
+        /// The store.
+        store: String,
+        /// What was being written.
+        what: String,
+    },
+    /// Not allowed, or read-only.
+    #[error("{store}: not allowed to {operation} {path}", path = .path.display())]
+    PermissionDenied {
+        /// The store.
+        store: String,
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+    },
+    /// Someone holds the lock of a ref and does not let go.
+    #[error("{store}: {key} stays locked by another process")]
+    Locked {
+        /// The store.
+        store: String,
+        /// The object.
+        key: Key,
+    },
+    /// The store can't be reached, or did not answer in time.
+    #[error("{store}: {operation} {key}: no answer")]
+    Unavailable {
+        /// The store.
+        store: String,
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        key: String,
+    },
+    /// Any other error of the operating system.
+    #[error("{store}: can't {operation} {path}", path = .path.display())]
+    Io {
+        /// The store.
+        store: String,
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: Arc<io::Error>,
+    },
+    /// The runtime is shutting down and took the blocking thread with it.
+    #[error("{store}: {operation} was cancelled: the program is shutting down")]
+    Cancelled {
+        /// The store.
+        store: String,
+        /// What was under way.
+        operation: &'static str,
+    },
+}
+
+impl StoreError {
+    /// Whether the same request may succeed later without anyone doing something about it.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            StoreError::Unavailable { .. } | StoreError::Locked { .. } => true,
+            StoreError::Io { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::Interrupted
+                    | io::ErrorKind::TimedOut
+                    | io::ErrorKind::WouldBlock
+                    | io::ErrorKind::StaleNetworkFileHandle
+                    | io::ErrorKind::ResourceBusy
+            ),
+            _ => false,
+        }
+    }
+
+    /// Whether the store answered that there is no such object.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, StoreError::NotFound { .. })
+    }
+}

@@ -1,0 +1,80 @@
+//! What can go wrong with a volume or a state directory.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::delta::DeltaError;
+use crate::format::CommitId;
+use crate::lock::LockError;
+use crate::repo::RepoError;
+
+/// A volume that can't be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VolumeError {
+    /// Another server uses the state directory.
+    #[error("the state directory {dir} is in use{}", holder.map(|pid| format!(" by process {pid}")).unwrap_or_default())]
+    StateDirInUse {
+        /// The directory.
+        dir: PathBuf,
+        /// The process that says it holds it.
+        holder: Option<u32>,
+    },
+    /// Another process has the volume open.
+    #[error("volume {volume}: {source}")]
+    Locked {
+        /// The volume.
+        volume: String,
+        /// Who has it.
+        source: LockError,
+    },
+    /// A file operation failed.
+    #[error("can't {action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
+    /// A volume's record can't be understood.
+    #[error("{path}: {problem}")]
+    Record {
+        /// The record.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The volume is there, but of another repository.
+    #[error("volume {volume} is of the repository {recorded}, not of {asked}")]
+    OtherRepository {
+        /// The volume.
+        volume: String,
+        /// The repository it was made from.
+        recorded: String,
+        /// The repository asked for.
+        asked: String,
+    },
+    /// The volume is there, but of another version.
+    #[error("volume {volume} stands on commit {recorded}, not on {reference} ({asked})")]
+    OtherBase {
+        /// The volume.
+        volume: String,
+        /// The commit it stands on.
+        recorded: CommitId,
+        /// The version asked for.
+        reference: String,
+        /// The commit that is.
+        asked: CommitId,
+    },
+    /// The repository can't give what the volume needs.
+    #[error(transparent)]
+    Repo(#[from] RepoError),
+    /// The volume's writes can't be opened.
+    #[error(transparent)]
+    Delta(#[from] DeltaError),
+    /// The server is going down.
+    #[error("the server is stopping")]
+    Stopped,
+}

@@ -1,0 +1,155 @@
+//! Volumes: a named, writable view of one commit on this host.
+//!
+//! Enters: a state directory, a repository and which version of which image. Leaves: a [`Volume`] with its device. Invariant: a volume keeps its base commit
+//! as long as its delta holds anything; its directory is locked by whoever has it open.
+
+mod error;
+mod record;
+mod state_dir;
+
+use std::path::Path;
+use std::sync::Arc;
+
+pub use error::VolumeError;
+pub use record::{RECORD_FILE, VolumeRecord};
+pub use state_dir::{StateDir, default_state_dir};
+
+use crate::cache::Cache;
+use crate::delta::disk::OsDir;
+use crate::delta::{Delta, Identity, Layer, LayerId, VolumeId};
+use crate::device::{Base, Device};
+use crate::format::CommitId;
+use crate::lock::FileLock;
+use crate::repo::{ImageName, MetaCache, Reference, Repository, Version, VersionOptions};
+use crate::units::{ByteLen, PAGE_SIZE};
+
+/// Which version of which image a volume is to be a view of.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// The repository, as the user named it.
+    pub access: String,
+    /// The image.
+    pub image: ImageName,
+    /// The version; `None` is the tip of the default branch, or what the volume has already.
+    pub reference: Option<Reference>,
+}
+
+/// A volume that is open.
+pub struct Volume {
+    name: String,
+    record: VolumeRecord,
+    device: Arc<Device>,
+    /// The branch's tip, where the volume stands on an older commit.
+    newer: Option<CommitId>,
+    _lock: Option<FileLock>,
+}
+
+impl Volume {
+    /// Opens the volume named like its image, making it if it is not there. A read-only view of an image that has no volume here leaves nothing behind.
+    pub async fn open(
+        state: &StateDir,
+        cache: &Arc<Cache>,
+        repository: &Repository,
+        source: &Source,
+        read_only: bool,
+    ) -> Result<Volume, VolumeError> {
+        let name = source.image.to_string();
+        let dir = state.volume_dir(&name);
+        let meta: Arc<dyn MetaCache> = cache.clone();
+        let recorded = VolumeRecord::load(&dir)?;
+        let resolve = async |reference: &Reference| {
+            repository.resolve(&source.image, reference, &meta).await.map(|resolved| resolved.commit)
+        };
+        let mut newer = None;
+        let commit = match (&recorded, &source.reference) {
+            (None, reference) => resolve(&reference.clone().unwrap_or_default()).await?,
+            (Some(record), reference) => {
+                record.check_repository(&name, source, repository)?;
+                match reference {
+                    Some(reference) => record.check_base(&name, reference, resolve(reference).await?)?,
+                    // For the message alone: a repository that can't be reached now must not keep the volume from its user.
+                    None => {
+                        let tip = resolve(&Reference::default()).await.ok();
+                        newer = tip.filter(|tip| *tip != record.commit);
+                    }
+                }
+                record.commit
+            }
+        };
+        let version =
+            Version::open(repository, &source.image, commit, meta.clone(), VersionOptions::default()).await?;
+        let size = version.commit().size;
+        let base = Base::new(version, cache.clone());
+        let record = recorded.clone().unwrap_or_else(|| VolumeRecord::new(source, repository, commit, size));
+        if recorded.is_none() && read_only {
+            let device = Arc::new(Device::new(base, None, size));
+            return Ok(Volume { name, record, device, newer, _lock: None });
+        }
+        let opening = {
+            let (name, record, is_new) = (name.clone(), record.clone(), recorded.is_none());
+            move || open_delta(&dir, &name, &record, is_new)
+        };
+        let (lock, delta) =
+            tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
+        let device = Device::new(base, Some(delta), record.size);
+        let device = Arc::new(if read_only { device.into_read_only() } else { device });
+        Ok(Volume { name, record, device, newer, _lock: Some(lock) })
+    }
+
+    /// Its name, which is its export's.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it is.
+    pub fn record(&self) -> &VolumeRecord {
+        &self.record
+    }
+
+    /// Its disk.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// The tip of its branch, where that has moved on since the volume was made.
+    pub fn newer(&self) -> Option<CommitId> {
+        self.newer
+    }
+}
+
+/// Opens the layers of a volume, or makes the first one; blocks on the disk.
+fn open_delta(
+    dir: &Path,
+    name: &str,
+    record: &VolumeRecord,
+    is_new: bool,
+) -> Result<(FileLock, Delta), VolumeError> {
+    let io = |action| move |source| VolumeError::Io { action, path: dir.to_owned(), source };
+    crate::durable::create_dirs(dir, &mut Path::is_dir).map_err(io("make the directory"))?;
+    let lock = FileLock::take(&dir.join("lock"))
+        .map_err(|source| VolumeError::Locked { volume: name.to_owned(), source })?;
+    let identity = Identity {
+        base: record.commit,
+        volume: VolumeId(record.id),
+        device_size: ByteLen(record.size.0.next_multiple_of(PAGE_SIZE)),
+    };
+    let layer_dir = |layer: &str| dir.join("layers").join(layer);
+    let layers = if is_new {
+        let path = layer_dir(&record.layers[0]);
+        crate::durable::create_dirs(&path, &mut Path::is_dir).map_err(io("make the directory"))?;
+        let layer = Layer::create(Box::new(OsDir::new(&path)), &identity, LayerId(random_id()))?;
+        // The layer first: a record must never name one that is not there.
+        record.store(dir)?;
+        vec![Arc::new(layer)]
+    } else {
+        let open =
+            |layer: &String| Layer::open(Box::new(OsDir::new(&layer_dir(layer))), &identity).map(Arc::new);
+        record.layers.iter().map(open).collect::<Result<Vec<_>, _>>()?
+    };
+    Ok((lock, Delta::new(layers)))
+}
+
+/// 16 random bytes.
+pub(crate) fn random_id() -> [u8; 16] {
+    *uuid::Uuid::new_v4().as_bytes()
+}

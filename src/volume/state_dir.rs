@@ -1,0 +1,63 @@
+//! The state directory: everything this host keeps.
+//!
+//! Enters: its path. Leaves: the paths inside it, and the promise that no other server uses it.
+
+use std::path::{Path, PathBuf};
+
+use crate::lock::{FileLock, LockError};
+
+use super::error::VolumeError;
+
+/// A state directory this process holds.
+#[derive(Debug)]
+pub struct StateDir {
+    root: PathBuf,
+    _lock: FileLock,
+}
+
+impl StateDir {
+    /// Takes the state directory at `root`, making it if need be. Blocks on the disk.
+    pub fn open(root: &Path) -> Result<StateDir, VolumeError> {
+        let io = |action| move |source| VolumeError::Io { action, path: root.to_owned(), source };
+        crate::durable::create_dirs(root, &mut Path::is_dir).map_err(io("make the state directory"))?;
+        let lock = FileLock::take(&root.join("lock")).map_err(|error| match error {
+            LockError::InUse { holder } => VolumeError::StateDirInUse { dir: root.to_owned(), holder },
+            LockError::Io(source) => io("lock")(source),
+        })?;
+        let state = StateDir { root: root.to_owned(), _lock: lock };
+        for dir in [state.run_dir(), state.cache_dir(), root.join("volumes")] {
+            crate::durable::create_dirs(&dir, &mut Path::is_dir).map_err(io("make directories in"))?;
+        }
+        Ok(state)
+    }
+
+    /// Its path.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where the host's cache is.
+    pub fn cache_dir(&self) -> PathBuf {
+        self.root.join("cache")
+    }
+
+    /// Where sockets are.
+    pub fn run_dir(&self) -> PathBuf {
+        self.root.join("run")
+    }
+
+    /// Where a volume is. `volume` is an image's name, so it can't leave the directory.
+    pub fn volume_dir(&self, volume: &str) -> PathBuf {
+        self.root.join("volumes").join(volume)
+    }
+}
+
+/// Where the state is kept unless the user says otherwise; `None` where a user has neither a state nor a home directory.
+pub fn default_state_dir() -> Option<PathBuf> {
+    if rustix::process::geteuid().is_root() {
+        return Some(PathBuf::from("/var/lib/horcrux"));
+    }
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let state_home = absolute("XDG_STATE_HOME").or_else(|| Some(absolute("HOME")?.join(".local/state")))?;
+    Some(state_home.join("horcrux"))
+}

@@ -1,0 +1,332 @@
+//! The delta against a reference model, with power cuts at syncs.
+//!
+//! The model keeps for every page each version it had since the last FLUSH that returned; after a crash the page must be one of them, whole.
+//! `HORCRUX_SEQUENCES` sets how many random sequences run, `HORCRUX_SEED` the first seed; a failure prints its seed.
+
+use std::sync::Arc;
+
+use horcrux::delta::simulated::{Dice, SimulatedDisk};
+use horcrux::delta::{Delta, DeltaError, Identity, Layer, LayerId, Source, VolumeId};
+use horcrux::format::CommitId;
+use horcrux::units::{ByteLen, PAGE_SIZE, PageIndex};
+
+const PAGES: u64 = 1400;
+const PAGE: usize = PAGE_SIZE as usize;
+
+fn identity() -> Identity {
+    Identity {
+        base: CommitId::of(b"the base"),
+        volume: VolumeId([1; 16]),
+        device_size: ByteLen(PAGES * PAGE_SIZE),
+    }
+}
+
+/// What a page holds: nothing was said of it, zeros, or the bytes stamped with a number.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Content {
+    Base,
+    Zero,
+    Stamp(u64),
+}
+
+fn stamped(stamp: u64) -> Vec<u8> {
+    // Every 8 bytes differ, so any tear shows.
+    (0..PAGE as u64 / 8).flat_map(|word| (stamp << 16 | word).to_le_bytes()).collect()
+}
+
+fn read_page(delta: &Delta, page: u64) -> Result<Content, String> {
+    let run = delta.run(PageIndex(page), PAGES - page);
+    match run.source {
+        Source::Base => Ok(Content::Base),
+        Source::Zero => Ok(Content::Zero),
+        Source::Data { .. } => {
+            let mut bytes = vec![0; PAGE];
+            delta.read(&run, 0, &mut bytes).map_err(|error| error.to_string())?;
+            let stamp = u64::from_le_bytes(bytes[..8].try_into().unwrap()) >> 16;
+            if bytes == stamped(stamp) { Ok(Content::Stamp(stamp)) } else { Err("torn".into()) }
+        }
+    }
+}
+
+struct Model {
+    /// Versions since the last flush that returned, that one first.
+    versions: Vec<Vec<Content>>,
+}
+
+impl Model {
+    fn new() -> Model {
+        Model { versions: vec![vec![Content::Base]; PAGES as usize] }
+    }
+
+    fn set(&mut self, page: u64, content: Content) {
+        self.versions[page as usize].push(content);
+    }
+
+    fn flushed(&mut self) {
+        for versions in &mut self.versions {
+            *versions = vec![*versions.last().unwrap()];
+        }
+    }
+
+    fn check_now(&self, delta: &Delta, seed: u64) {
+        for (page, versions) in self.versions.iter().enumerate() {
+            assert_eq!(
+                read_page(delta, page as u64).as_ref(),
+                Ok(versions.last().unwrap()),
+                "seed {seed} page {page}"
+            );
+        }
+    }
+
+    /// After a crash: each page is one of its versions; from here on that is what it is.
+    fn check_after_crash(&mut self, delta: &Delta, seed: u64) {
+        for (page, versions) in self.versions.iter_mut().enumerate() {
+            let found = read_page(delta, page as u64)
+                .unwrap_or_else(|error| panic!("seed {seed}: page {page} is {error}"));
+            assert!(
+                versions.contains(&found),
+                "seed {seed}: page {page} is {found:?}, was {versions:?} since the last flush"
+            );
+            *versions = vec![found];
+        }
+    }
+}
+
+fn reopen(disk: &SimulatedDisk) -> Result<Delta, DeltaError> {
+    let layer = Layer::open(disk.dir(), &identity())?.rewrite_log_above(ByteLen(400));
+    Ok(Delta::new(vec![Arc::new(layer)]))
+}
+
+fn run_sequence(seed: u64) {
+    let mut dice = Dice(seed);
+    let mut disk = SimulatedDisk::new();
+    let layer = Layer::create(disk.dir(), &identity(), LayerId([2; 16])).unwrap();
+    // A short log, so that its rewriting is in the sequences too.
+    let mut delta = Delta::new(vec![Arc::new(layer.rewrite_log_above(ByteLen(400)))]);
+    let mut model = Model::new();
+    let mut stamp = 0;
+    for _ in 0..=dice.below(4) {
+        disk.cut_power_after(dice.below(12));
+        for _ in 0..dice.below(120) {
+            let first = if dice.below(2) == 0 { dice.below(40) } else { dice.below(PAGES) };
+            let longest = if dice.below(8) == 0 { 600 } else { 12 };
+            let len = (1 + dice.below(longest)).min(PAGES - first);
+            match dice.below(10) {
+                0..=5 => {
+                    let bytes: Vec<u8> = (0..len).flat_map(|page| stamped(stamp + 1 + page)).collect();
+                    // Even a write that fails may have reached the disk page by page.
+                    for page in 0..len {
+                        model.set(first + page, Content::Stamp(stamp + 1 + page));
+                    }
+                    stamp += len;
+                    if delta.write(PageIndex(first), &bytes).is_err() {
+                        break;
+                    }
+                }
+                6 | 7 => {
+                    (first..first + len).for_each(|page| model.set(page, Content::Zero));
+                    if delta.zero(PageIndex(first), len).is_err() {
+                        break;
+                    }
+                }
+                8 => match delta.flush() {
+                    Ok(()) => model.flushed(),
+                    Err(_) => break,
+                },
+                _ if dice.below(4) == 0 => {
+                    if delta.flush().is_err() {
+                        break;
+                    }
+                    model.flushed();
+                    delta = match reopen(&disk) {
+                        Ok(delta) => delta,
+                        Err(_) if disk.is_off() => break,
+                        Err(error) => panic!("seed {seed}: {error}"),
+                    };
+                    model.check_now(&delta, seed);
+                }
+                _ => {}
+            }
+        }
+        if !disk.is_off() && dice.below(2) == 0 {
+            model.check_now(&delta, seed);
+        }
+        // The power goes; it may go again while the log is being repaired.
+        disk = disk.crash(&mut dice);
+        if dice.below(3) == 0 {
+            disk.cut_power_after(dice.below(3));
+            let _ = reopen(&disk);
+            disk = disk.crash(&mut dice);
+        }
+        delta = reopen(&disk).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        model.check_after_crash(&delta, seed);
+    }
+}
+
+fn from_env(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
+#[test]
+fn after_a_crash_at_any_sync_every_page_is_a_version_it_had_since_the_last_flush() {
+    let first = from_env("HORCRUX_SEED", 1);
+    for seed in first..first + from_env("HORCRUX_SEQUENCES", 400) {
+        run_sequence(seed);
+    }
+}
+
+#[test]
+fn a_full_disk_is_enospc_and_nothing_written_before_is_lost() {
+    for seed in 0..60 {
+        let mut dice = Dice(seed);
+        let disk = SimulatedDisk::new();
+        let layer = Layer::create(disk.dir(), &identity(), LayerId([2; 16])).unwrap();
+        let delta = Delta::new(vec![Arc::new(layer)]);
+        let mut model = Model::new();
+        for round in 0..40 {
+            disk.limit_space(Some(dice.below(8 * PAGE_SIZE)));
+            let page = dice.below(60);
+            let stamp = seed * 1000 + round + 1;
+            match delta.write(PageIndex(page), &stamped(stamp)) {
+                Ok(()) => model.set(page, Content::Stamp(stamp)),
+                Err(DeltaError::Full { .. }) => {
+                    // A page that was overwritten in place may be torn only until it is flushed; it is written again here.
+                    disk.limit_space(None);
+                    delta.write(PageIndex(page), &stamped(stamp)).unwrap();
+                    model.set(page, Content::Stamp(stamp));
+                }
+                Err(other) => panic!("seed {seed}: {other}"),
+            }
+            match delta.flush() {
+                Ok(()) => model.flushed(),
+                Err(DeltaError::Full { .. }) => {}
+                Err(other) => panic!("seed {seed}: {other}"),
+            }
+            model.check_now(&delta, seed);
+        }
+        disk.limit_space(None);
+        delta.flush().unwrap();
+        model.flushed();
+        let delta = reopen(&disk.crash(&mut dice)).unwrap();
+        model.check_now(&delta, seed);
+    }
+}
+
+#[test]
+fn a_failed_fsync_fails_the_flush_and_everything_after_until_reopened() {
+    let disk = SimulatedDisk::new();
+    let layer = Layer::create(disk.dir(), &identity(), LayerId([2; 16])).unwrap();
+    let delta = Delta::new(vec![Arc::new(layer)]);
+    delta.write(PageIndex(3), &stamped(1)).unwrap();
+    delta.flush().unwrap();
+    delta.write(PageIndex(3), &stamped(2)).unwrap();
+    disk.fail_next_sync();
+    assert!(delta.flush().is_err());
+    let poisoned = delta.flush().unwrap_err().to_string();
+    assert!(poisoned.contains("read-only since an fsync failed"), "{poisoned}");
+    assert!(delta.write(PageIndex(4), &stamped(3)).is_err());
+    drop(delta);
+    let delta = reopen(&disk.crash(&mut Dice(1))).unwrap();
+    assert_eq!(read_page(&delta, 3), Ok(Content::Stamp(1)));
+}
+
+#[test]
+fn damage_in_the_middle_of_the_log_is_refused_and_named() {
+    let disk = SimulatedDisk::new();
+    let layer = Layer::create(disk.dir(), &identity(), LayerId([2; 16])).unwrap();
+    let delta = Delta::new(vec![Arc::new(layer)]);
+    for page in 0..5 {
+        delta.write(PageIndex(page * 2), &stamped(page)).unwrap();
+        delta.flush().unwrap();
+    }
+    drop(delta);
+    disk.flip("map", 128 + 48 + 30, 3);
+    let error = reopen(&disk).err().expect("damage must be refused").to_string();
+    assert_eq!(
+        error,
+        "simulated/map is damaged at byte 176: a frame is damaged, and later commits follow it"
+    );
+}
+
+#[test]
+fn a_delta_of_another_base_volume_or_size_is_refused() {
+    let disk = SimulatedDisk::new();
+    Layer::create(disk.dir(), &identity(), LayerId([2; 16])).unwrap();
+    let open = |identity: &Identity| Layer::open(disk.dir(), identity).err().map(|error| error.to_string());
+    assert_eq!(open(&identity()), None);
+    let other = CommitId::of(b"another");
+    assert_eq!(
+        open(&Identity { base: other, ..identity() }).unwrap(),
+        format!("simulated/map is a delta of commit {}, not of {other}", identity().base)
+    );
+    assert!(open(&Identity { volume: VolumeId([9; 16]), ..identity() }).unwrap().contains("volume id"));
+    assert!(open(&Identity { device_size: ByteLen(4096), ..identity() }).unwrap().contains("device size"));
+}
+
+#[test]
+fn overwriting_for_ever_reuses_slots() {
+    let disk = SimulatedDisk::new();
+    let layer = Layer::create(disk.dir(), &identity(), LayerId([2; 16])).unwrap();
+    let delta = Delta::new(vec![Arc::new(layer)]);
+    let mut dice = Dice(7);
+    for round in 0..20_000 {
+        delta.write(PageIndex(dice.below(1000)), &stamped(round)).unwrap();
+        if round % 50 == 0 {
+            delta.flush().unwrap();
+        }
+    }
+    let bound = 2 * 1000 * PAGE;
+    assert!(disk.file_len("data") < bound, "{} bytes for 1000 pages", disk.file_len("data"));
+}
+
+#[test]
+fn a_reader_keeps_its_bytes_while_others_overwrite() {
+    let disk = SimulatedDisk::new();
+    let layer = Layer::create(disk.dir(), &identity(), LayerId([2; 16])).unwrap();
+    let delta = Delta::new(vec![Arc::new(layer)]);
+    delta.write(PageIndex(0), &stamped(1)).unwrap();
+    delta.flush().unwrap();
+    let run = delta.run(PageIndex(0), 1);
+    for stamp in 2..500 {
+        delta.write(PageIndex(0), &stamped(stamp)).unwrap();
+        delta.write(PageIndex(stamp), &stamped(stamp)).unwrap();
+        delta.flush().unwrap();
+    }
+    let mut bytes = vec![0; PAGE];
+    delta.read(&run, 0, &mut bytes).unwrap();
+    assert!(bytes == stamped(1), "the slot was used again under a reader");
+}
+
+#[test]
+fn a_lower_layer_shows_through_and_a_zero_hides_it() {
+    let (lower_disk, upper_disk) = (SimulatedDisk::new(), SimulatedDisk::new());
+    let lower = Layer::create(lower_disk.dir(), &identity(), LayerId([2; 16])).unwrap();
+    let lower_delta = Delta::new(vec![Arc::new(lower)]);
+    (0..10).for_each(|page| lower_delta.write(PageIndex(page), &stamped(page + 1)).unwrap());
+    lower_delta.flush().unwrap();
+    drop(lower_delta);
+    let lower = Arc::new(Layer::open(lower_disk.dir(), &identity()).unwrap());
+    let upper = Arc::new(Layer::create(upper_disk.dir(), &identity(), LayerId([3; 16])).unwrap());
+    let delta = Delta::new(vec![lower, upper]);
+    delta.zero(PageIndex(2), 2).unwrap();
+    delta.write(PageIndex(4), &stamped(100)).unwrap();
+    let found: Vec<_> = (0..12).map(|page| read_page(&delta, page).unwrap()).collect();
+    use Content::{Base, Stamp, Zero};
+    assert_eq!(
+        found,
+        [
+            Stamp(1),
+            Stamp(2),
+            Zero,
+            Zero,
+            Stamp(100),
+            Stamp(6),
+            Stamp(7),
+            Stamp(8),
+            Stamp(9),
+            Stamp(10),
+            Base,
+            Base
+        ]
+    );
+}

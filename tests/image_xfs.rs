@@ -1,0 +1,152 @@
+//! Directories become XFS images: judged by xfs_repair and by the kernel.
+
+// Helpers of tests may unwrap as tests do.
+#![allow(clippy::unwrap_used)]
+
+#[path = "image_support/mod.rs"]
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use horcrux::image::{
+    FileSink, FsKind, ImageError, ImageOptions, Progress, Summary, image_from_dir, image_from_file,
+};
+use horcrux::units::ByteLen;
+use support::{Fixture, Listing, Mount, assert_same, fsck_xfs, noise, output, root, tool};
+
+fn options(scratch: &Path) -> ImageOptions {
+    ImageOptions { fs: FsKind::Xfs, ..ImageOptions::new("AMCC", scratch) }
+}
+
+fn make(dir: &Path, image: &Path, options: &ImageOptions) -> Result<Summary, ImageError> {
+    let mut sink = FileSink::create(image).unwrap();
+    let summary = image_from_dir(dir, options, &mut sink, &Progress::new())?;
+    assert_eq!(ByteLen(sink.finish().unwrap().metadata().unwrap().len()), summary.device_size);
+    Ok(summary)
+}
+
+/// Nothing mounted, no loop device on a deleted file, nothing in the scratch directory.
+fn assert_nothing_left(scratch: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains(scratch.to_str().unwrap()), "{mounts}");
+    assert_eq!(fs::read_dir(scratch).unwrap().count(), 0);
+    let loops = String::from_utf8(output(Command::new("/sbin/losetup").arg("-a").arg("-l")).stdout).unwrap();
+    assert!(!loops.contains(scratch.to_str().unwrap()), "{loops}");
+}
+
+#[test]
+fn one_of_everything_comes_out_the_same() {
+    if !root("an XFS image") || !tool("an XFS image", "mkfs.xfs") {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let [source, image, scratch] = ["source", "image", "scratch"].map(|name| temp.path().join(name));
+    fs::create_dir(&source).unwrap();
+    fs::create_dir(&scratch).unwrap();
+    Fixture { not_for_streaming: true }.build(&source);
+    let long = source.join("very slow link");
+    match make(&source, &image, &options(&scratch)) {
+        Err(ImageError::LinkTooLong { path, .. }) => assert_eq!(path, long),
+        other => panic!("XFS holds targets of 1023 bytes: {other:?}"),
+    }
+    fs::remove_file(&long).unwrap();
+    let summary = make(&source, &image, &options(&scratch)).unwrap();
+    assert_eq!(summary.notes, []);
+    assert_nothing_left(&scratch);
+    fsck_xfs(&image);
+    {
+        let mount = Mount::new(&image, "ro,nouuid");
+        assert_same(Listing::default(), &source, mount.path());
+        // A new image of the same name while the old one is in use: the same UUID twice.
+        make(&source, &temp.path().join("again"), &options(&scratch)).unwrap();
+    }
+    // And the image as a raw image is what it was, holes included.
+    let copy = temp.path().join("copy");
+    let mut sink = FileSink::create(&copy).unwrap();
+    let summary = image_from_file(&image, &mut sink, &Progress::new()).unwrap();
+    sink.finish().unwrap();
+    assert_eq!(summary.fs, Some(FsKind::Xfs));
+    assert_eq!(support::image_hash(&image), support::image_hash(&copy));
+    assert!(summary.bytes_read.value() < summary.device_size.value() / 2, "holes are not read");
+}
+
+#[test]
+fn a_directory_too_big_for_the_size_is_refused_and_leaves_nothing_mounted() {
+    if !root("an XFS image") || !tool("an XFS image", "mkfs.xfs") {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let [source, image, scratch] = ["source", "image", "scratch"].map(|name| temp.path().join(name));
+    fs::create_dir(&source).unwrap();
+    fs::create_dir(&scratch).unwrap();
+    fs::write(source.join("file"), noise(350 << 20, 1)).unwrap();
+    for size in [200u64 << 20, 300 << 20] {
+        let given = ImageOptions { size: Some(ByteLen(size)), ..options(&scratch) };
+        let error = make(&source, &image, &given).expect_err("350 MiB do not fit");
+        assert!(matches!(error, ImageError::TooBig { .. }), "{size}: {error}");
+        assert_nothing_left(&scratch);
+    }
+}
+
+#[test]
+fn without_root_an_xfs_image_says_that_it_needs_root() {
+    if !root("becoming nobody") || !tool("an XFS image", "mkfs.xfs") {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    std::os::unix::fs::chown(temp.path(), Some(65534), Some(65534)).unwrap();
+    let text = support::as_nobody("without_root_an_xfs_image_helper", temp.path());
+    assert!(text.contains("needs root"), "{text}");
+}
+
+/// Run as nobody by the test above; on its own it has nothing to do.
+#[test]
+fn without_root_an_xfs_image_helper() {
+    let Ok(dir) = std::env::var("HORCRUX_TEST_AS_NOBODY") else { return };
+    let dir = Path::new(&dir);
+    fs::create_dir(dir.join("source")).unwrap();
+    fs::create_dir(dir.join("scratch")).unwrap();
+    let error = make(&dir.join("source"), &dir.join("image"), &options(&dir.join("scratch"))).unwrap_err();
+    println!("{error}");
+    assert_eq!(fs::read_dir(dir.join("scratch")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_kill_in_the_middle_leaves_no_mount_no_loop_device_and_no_file() {
+    if !root("an XFS image") || !tool("an XFS image", "mkfs.xfs") {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let [source, scratch] = ["source", "scratch"].map(|name| temp.path().join(name));
+    fs::create_dir(&source).unwrap();
+    fs::create_dir(&scratch).unwrap();
+    fs::write(source.join("file"), noise(200 << 20, 1)).unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "a_kill_helper"]).env("HORCRUX_TEST_KILL", temp.path());
+    let mut child = command.spawn().unwrap();
+    let loops = || String::from_utf8(output(&mut Command::new("/sbin/losetup")).stdout).unwrap();
+    let marker = scratch.to_str().unwrap();
+    let patience = |what: &str, done: &dyn Fn() -> bool| {
+        let start = std::time::Instant::now();
+        while !done() {
+            assert!(start.elapsed().as_secs() < 60, "{what}: {}", loops());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    };
+    patience("the loop device appears", &|| loops().contains(marker));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // The kernel writes back what was copied before it lets go.
+    patience("the loop device goes", &|| !loops().contains(marker));
+    assert_nothing_left(&scratch);
+}
+
+/// Killed by the test above; on its own it has nothing to do.
+#[test]
+fn a_kill_helper() {
+    let Ok(dir) = std::env::var("HORCRUX_TEST_KILL") else { return };
+    let dir = Path::new(&dir);
+    make(&dir.join("source"), &dir.join("image"), &options(&dir.join("scratch"))).unwrap();
+}

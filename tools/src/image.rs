@@ -1,0 +1,277 @@
+//! `image-from-dir` and `image-from-file`.
+//!
+//! Enters: a directory or a raw image. Leaves: a commit in a repository, and a summary.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use horcrux::format::{BlockSize, Filesystem, Timestamp};
+use horcrux::image::{
+    CommitSink, FsKind, ImageError, ImageOptions, Progress, Summary, image_from_dir, image_from_file,
+};
+use horcrux::repo::{CommitMeta, Finished, ImageName, RepoError, Repository, WriterParams};
+use horcrux::store::{self, UrlError};
+use horcrux::units::ByteLen;
+use serde::Serialize;
+
+use crate::progress::Bar;
+
+/// What both commands take.
+#[derive(clap::Args)]
+struct Common {
+    /// Address space one object covers, 1M to 1G
+    #[arg(long, short = 's', visible_alias = "chunksize", value_name = "SIZE", default_value = "64M", value_parser = parse_block_size)]
+    block_size: BlockSize,
+    /// What this version is, for the log
+    #[arg(long, short, value_name = "MSG")]
+    message: Option<String>,
+    /// Who makes it [default: the user's name at this host]
+    #[arg(long, env = "HORCRUX_AUTHOR")]
+    author: Option<String>,
+    /// Print the summary as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// `image-from-dir`.
+#[derive(clap::Args)]
+pub struct FromDir {
+    #[command(flatten)]
+    common: Common,
+    /// Filesystem of the image; xfs needs root
+    #[arg(long, default_value = "ext4", value_parser = ["ext4", "xfs"])]
+    fs: String,
+    /// Size of the disk; may be far more than the data takes [default: the data, a quarter more and 64M]
+    #[arg(long, value_name = "SIZE")]
+    size: Option<ByteLen>,
+    /// Keep access times too (reading the directory changes them, and with them the next image)
+    #[arg(long)]
+    keep_atime: bool,
+    /// Where scratch files go, for images that can't be streamed [default: the system's]
+    #[arg(long, value_name = "DIR")]
+    scratch_dir: Option<PathBuf>,
+    /// Name of the image
+    name: ImageName,
+    /// Directory to make an image of
+    in_dir: PathBuf,
+    /// Repository to store it in; made if it is not there
+    repo: String,
+}
+
+/// `image-from-file`.
+#[derive(clap::Args)]
+pub struct FromFile {
+    #[command(flatten)]
+    common: Common,
+    /// Name of the image
+    name: ImageName,
+    /// Raw image or block device
+    file: PathBuf,
+    /// Repository to store it in; made if it is not there
+    repo: String,
+}
+
+fn parse_block_size(text: &str) -> Result<BlockSize, String> {
+    let len: ByteLen = text.parse().map_err(|error: horcrux::units::SizeError| error.to_string())?;
+    BlockSize::from_len(len).ok_or_else(|| format!("'{text}' is not a power of two from 1M to 1G"))
+}
+
+/// Why there is no image.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Url(#[from] UrlError),
+    #[error(transparent)]
+    Repo(#[from] RepoError),
+    #[error("{0}")]
+    Image(ImageError),
+    #[error("can't start: {0}")]
+    Runtime(std::io::Error),
+    #[error("can't print the summary: {0}")]
+    Print(#[from] std::io::Error),
+}
+
+impl From<ImageError> for Error {
+    /// A sink's failure is the repository's own error.
+    fn from(error: ImageError) -> Error {
+        match error {
+            ImageError::Sink(sink) => match sink.into_inner().downcast::<RepoError>() {
+                Ok(error) => Error::Repo(*error),
+                Err(other) => Error::Image(ImageError::Sink(horcrux::image::SinkError::from_boxed(other))),
+            },
+            other => Error::Image(other),
+        }
+    }
+}
+
+impl Error {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Error::Image(ImageError::Unreadable { .. }) => {
+                Some("run as a user who may read them; nothing was stored".to_owned())
+            }
+            _ => None,
+        }
+    }
+}
+
+impl FromDir {
+    /// Runs the command.
+    pub fn run(self) -> Result<(), Error> {
+        let fs = if self.fs == "xfs" { FsKind::Xfs } else { FsKind::Ext4 };
+        let options = ImageOptions {
+            fs,
+            size: self.size,
+            keep_atime: self.keep_atime,
+            forbidden: Path::new(&self.repo)
+                .is_dir()
+                .then(|| PathBuf::from(&self.repo))
+                .into_iter()
+                .collect(),
+            ..ImageOptions::new(self.name.to_string(), self.scratch_dir.unwrap_or_else(std::env::temp_dir))
+        };
+        let source = self.in_dir.display().to_string();
+        store_image(&self.common, &self.name, &self.repo, &source, |sink, progress| {
+            image_from_dir(&self.in_dir, &options, sink, progress)
+        })
+    }
+}
+
+impl FromFile {
+    /// Runs the command.
+    pub fn run(self) -> Result<(), Error> {
+        let source = self.file.display().to_string();
+        store_image(&self.common, &self.name, &self.repo, &source, |sink, progress| {
+            image_from_file(&self.file, sink, progress)
+        })
+    }
+}
+
+fn store_image(
+    common: &Common,
+    name: &ImageName,
+    repo: &str,
+    source: &str,
+    make: impl FnOnce(&mut CommitSink, &Progress) -> Result<Summary, ImageError>,
+) -> Result<(), Error> {
+    let started = Instant::now();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
+    let store = store::url::open(repo)?;
+    let id = *uuid::Uuid::new_v4().as_bytes();
+    let repository = runtime.block_on(Repository::open_or_create(store, id))?;
+    let params = WriterParams { block_size: common.block_size, ..WriterParams::new(ByteLen(0)) };
+    let mut sink = CommitSink::new(runtime.handle().clone(), repository, name.clone(), params);
+
+    let progress = Arc::new(Progress::new());
+    let bar = Bar::follow(progress.clone());
+    cancel_on_interrupt(&runtime, progress.clone());
+    let summary = make(&mut sink, &progress)?;
+    let finished = sink.finish(CommitMeta {
+        filesystem: match summary.fs {
+            Some(FsKind::Ext4) => Filesystem::Ext4,
+            Some(FsKind::Xfs) => Filesystem::Xfs,
+            None => Filesystem::None,
+        },
+        author: common.author.clone().unwrap_or_else(default_author),
+        time: now(),
+        message: common.message.clone().unwrap_or_else(|| format!("image of {source}")),
+    })?;
+    drop(bar);
+    let report = Report::new(name, &summary, &finished, started.elapsed());
+    if common.json {
+        report.print_json()?
+    } else {
+        report.print(&summary)
+    }
+    Ok(())
+}
+
+/// The first Ctrl-C lets the image put away what it made (mounts, scratch files); the second ends at once.
+fn cancel_on_interrupt(runtime: &tokio::runtime::Runtime, progress: Arc<Progress>) {
+    runtime.spawn(async move {
+        if tokio::signal::ctrl_c().await.is_ok() {
+            progress.cancel();
+            if tokio::signal::ctrl_c().await.is_ok() {
+                std::process::exit(1);
+            }
+        }
+    });
+}
+
+fn default_author() -> String {
+    let user =
+        std::env::var("USER").or_else(|_| std::env::var("LOGNAME")).unwrap_or_else(|_| "unknown".to_owned());
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let clean = |text: &str| text.chars().filter(|c| !c.is_control()).collect::<String>();
+    format!("{}@{}", clean(&user), clean(host.trim()))
+}
+
+fn now() -> Timestamp {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Timestamp { secs: since.as_secs(), nanos: since.subsec_nanos() }
+}
+
+/// The summary, as `--json` prints it. Bytes are bytes.
+#[derive(Serialize)]
+struct Report {
+    image: String,
+    commit: String,
+    unchanged: bool,
+    device_bytes: u64,
+    filesystem: &'static str,
+    files: u64,
+    directories: u64,
+    read_bytes: u64,
+    stored_bytes: u64,
+    deduplicated_bytes: u64,
+    seconds: f64,
+    notes: Vec<String>,
+}
+
+impl Report {
+    fn new(name: &ImageName, summary: &Summary, finished: &Finished, took: Duration) -> Report {
+        Report {
+            image: name.to_string(),
+            commit: finished.commit.to_string(),
+            unchanged: finished.unchanged,
+            device_bytes: summary.device_size.0,
+            filesystem: summary.fs.map_or("none", FsKind::name),
+            files: summary.files,
+            directories: summary.dirs,
+            read_bytes: summary.bytes_read.0,
+            stored_bytes: finished.stats.stored_bytes,
+            deduplicated_bytes: finished.stats.deduplicated_bytes,
+            seconds: took.as_secs_f64(),
+            notes: summary.notes.iter().map(ToString::to_string).collect(),
+        }
+    }
+
+    fn print_json(&self) -> Result<(), std::io::Error> {
+        serde_json::to_writer_pretty(std::io::stdout().lock(), self)?;
+        println!();
+        Ok(())
+    }
+
+    fn print(&self, summary: &Summary) {
+        for note in &self.notes {
+            eprintln!("note: {note}");
+        }
+        let verb = if self.unchanged { "unchanged, still" } else { "stored as" };
+        println!("{}: {verb} {}", self.image, self.commit);
+        println!("  disk          {} ({})", summary.device_size.human(), self.filesystem);
+        if summary.dirs > 0 {
+            println!("  files         {} in {} directories", self.files, self.directories);
+        }
+        let rate = ByteLen((self.read_bytes as f64 / self.seconds.max(0.001)) as u64);
+        println!(
+            "  read          {} in {:.1} s ({}/s)",
+            summary.bytes_read.human(),
+            self.seconds,
+            rate.human()
+        );
+        println!("  stored        {}", ByteLen(self.stored_bytes).human());
+        println!("  deduplicated  {}", ByteLen(self.deduplicated_bytes).human());
+    }
+}
