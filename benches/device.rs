@@ -43,7 +43,8 @@ fn range(at: u64, len: u64) -> ByteRange {
 }
 
 fn device(runtime: &tokio::runtime::Runtime, dir: &std::path::Path) -> Arc<Device> {
-    let repo = runtime.block_on(Repository::create(Arc::new(MemStore::new()), [7; 16])).expect("a repository");
+    let repo =
+        runtime.block_on(Repository::create(Arc::new(MemStore::new()), [7; 16])).expect("a repository");
     let name = "bench".parse().expect("a good name");
     let params = WriterParams::new(ByteLen(IMAGE));
     let mut writer = ImageWriter::new(runtime.handle(), &repo, &name, params).expect("a writer");
@@ -59,10 +60,11 @@ fn device(runtime: &tokio::runtime::Runtime, dir: &std::path::Path) -> Arc<Devic
     let meta: Arc<dyn MetaCache> = cache.clone();
     let version = runtime.block_on(async {
         let resolved = repo.resolve(&name, &Reference::default(), &meta).await.expect("main is there");
-        Version::open(&repo, &name, resolved.commit, meta, VersionOptions::default()).await.expect("a version")
+        Version::open(&repo, &name, resolved.commit, meta, VersionOptions::default())
+            .await
+            .expect("a version")
     });
-    let identity =
-        Identity { base: version.id(), volume: VolumeId([1; 16]), device_size: ByteLen(IMAGE) };
+    let identity = Identity { base: version.id(), volume: VolumeId([1; 16]), device_size: ByteLen(IMAGE) };
     let path = dir.join("layer");
     std::fs::create_dir(&path).expect("a directory");
     let layer = Layer::create(Box::new(OsDir::new(&path)), &identity, LayerId([2; 16])).expect("a layer");

@@ -22,7 +22,6 @@ mod chunk_ref;
 mod error;
 mod flight;
 mod index;
-mod lock;
 mod queue;
 mod slab;
 mod stats;
@@ -45,11 +44,11 @@ pub use stats::CacheStats;
 
 use crate::format::cache_index::{MAX_SLAB_LOG2, MIN_SLAB_LOG2};
 use crate::format::{ChunkId, ChunkSize, VerifiedChunk};
+use crate::lock::{FileLock, LockError};
 use crate::repo::MetaCache;
 use crate::units::ByteLen;
 use blobs::Blobs;
 use index::{Found, Index, Place, Shard};
-use lock::DirLock;
 use queue::Queue;
 use slab::{Opened, Slab};
 use stats::{Counters, count, value};
@@ -121,7 +120,7 @@ impl Cache {
         }
         let slabs = dir.join("slabs");
         fs::create_dir_all(&slabs).map_err(CacheError::io("make the directory", &slabs))?;
-        let lock = Arc::new(DirLock::take(dir)?);
+        let lock = Arc::new(lock(dir)?);
         let blob_share = (limit.0 / BLOB_SHARE).clamp(MIN_BLOB_SHARE, MAX_BLOB_SHARE);
         let blobs = Blobs::open(dir.join("meta"), blob_share)?;
         let slab_limit = limit.0 - blob_share;
@@ -275,6 +274,15 @@ impl std::fmt::Debug for Cache {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Cache").field("stats", &self.stats()).finish_non_exhaustive()
     }
+}
+
+/// Locks a cache directory: one server at a time.
+fn lock(dir: &Path) -> Result<FileLock, CacheError> {
+    let path = dir.join("lock");
+    FileLock::take(&path).map_err(|error| match error {
+        LockError::InUse { holder } => CacheError::InUse { dir: dir.to_owned(), holder },
+        LockError::Io(source) => CacheError::Io { action: "lock", path, source },
+    })
 }
 
 /// Lists the slab files by number, and deletes those a crash left unfinished.
