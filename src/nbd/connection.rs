@@ -53,7 +53,9 @@ pub enum ConnectionError {
 pub enum End {
     /// The client said it disconnects.
     Disconnected,
-    /// The client closed the socket without saying so.
+    /// The client closed the socket without saying so, with nothing under way: many do.
+    Closed,
+    /// The client's end of the socket is closed, and a request of it was half received, in flight or not answered yet.
     Vanished,
     /// The server stops.
     Stopped,
@@ -153,7 +155,7 @@ impl Connection {
                 end.get_or_insert(End::Disconnected);
             }
             if let Some(end) = end
-                && (end == End::Vanished || self.in_flight == 0 && self.output.pending() == 0)
+                && (matches!(end, End::Closed | End::Vanished) || self.is_idle())
             {
                 return Ok(end);
             }
@@ -168,6 +170,17 @@ impl Connection {
             .await?;
             end = end.or(happened);
         }
+    }
+
+    /// Whether every request that came whole has been answered.
+    fn is_idle(&self) -> bool {
+        self.in_flight == 0 && self.output.pending() == 0
+    }
+
+    /// How the connection ended, now that the other end is closed.
+    fn gone(&self) -> End {
+        let between_requests = self.input.is_empty() && matches!(self.receiving, Receiving::Header);
+        if between_requests && self.is_idle() { End::Closed } else { End::Vanished }
     }
 
     /// Whether more of the client's requests may be taken on.
@@ -290,14 +303,14 @@ impl Connection {
         happened |= match self.poll_send(cx) {
             Ok(sent) => sent,
             // The other end is closed for writing; what it sent before does not count either.
-            Err(error) if is_gone(&error) => return Poll::Ready(Ok(Some(End::Vanished))),
+            Err(error) if is_gone(&error) => return Poll::Ready(Ok(Some(self.gone()))),
             Err(error) => return Poll::Ready(Err(error)),
         };
         if wants_input {
             match self.poll_receive(cx) {
-                Poll::Ready(Ok(0)) => return Poll::Ready(Ok(Some(End::Vanished))),
+                Poll::Ready(Ok(0)) => return Poll::Ready(Ok(Some(self.gone()))),
                 Poll::Ready(Ok(_)) => happened = true,
-                Poll::Ready(Err(error)) if is_gone(&error) => return Poll::Ready(Ok(Some(End::Vanished))),
+                Poll::Ready(Err(error)) if is_gone(&error) => return Poll::Ready(Ok(Some(self.gone()))),
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => {}
             }

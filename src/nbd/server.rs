@@ -163,7 +163,9 @@ fn serve(accepted: Accepted, exports: &Exports, shared: Handle, stop: Cancellati
         let export = chosen.export.name().to_owned();
         tracing::info!(client, export, mode = ?chosen.negotiated.mode, "connected");
         match connection::run(stream, chosen, shared, stop).await {
-            Ok(End::Vanished) => tracing::warn!(client, export, "the client vanished"),
+            Ok(End::Vanished) => {
+                tracing::warn!(client, export, "the client vanished with requests under way");
+            }
             Ok(end) => tracing::info!(client, export, ?end, "connection closed"),
             Err(ConnectionError::Protocol(error)) => {
                 tracing::warn!(client, export, %error, "the client broke the protocol, connection closed");
