@@ -31,11 +31,13 @@ const STACK: usize = 512 << 10;
 pub struct ServerOptions {
     /// After a stop, requests in flight have this long.
     pub grace: Duration,
+    /// A client has this long to choose an export.
+    pub handshake_limit: Duration,
 }
 
 impl Default for ServerOptions {
     fn default() -> ServerOptions {
-        ServerOptions { grace: Duration::from_secs(10) }
+        ServerOptions { grace: Duration::from_secs(10), handshake_limit: Duration::from_secs(30) }
     }
 }
 
@@ -69,9 +71,14 @@ impl Server {
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let mut loops = JoinSet::new();
         for listener in self.listeners {
-            let accepting =
-                accept(listener, self.exports.clone(), places.clone(), connections.clone(), stop.clone());
-            loops.spawn(accepting);
+            let accepting = Accepting {
+                exports: self.exports.clone(),
+                places: places.clone(),
+                connections: connections.clone(),
+                limit: self.options.handshake_limit,
+                stop: stop.clone(),
+            };
+            loops.spawn(accept(listener, accepting));
         }
         for export in self.exports.values() {
             loops.spawn(commit_regularly(export.clone(), stop.clone()));
@@ -94,13 +101,17 @@ impl Server {
     }
 }
 
-async fn accept(
-    listener: Listener,
+/// What every connection a listener accepts is given.
+struct Accepting {
     exports: Arc<Exports>,
     places: Arc<Semaphore>,
     connections: TaskTracker,
+    limit: Duration,
     stop: CancellationToken,
-) {
+}
+
+async fn accept(listener: Listener, accepting: Accepting) {
+    let Accepting { exports, places, connections, limit, stop } = accepting;
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
@@ -119,7 +130,7 @@ async fn accept(
         let token = connections.token();
         let thread = std::thread::Builder::new().name("nbd-connection".to_owned()).stack_size(STACK);
         let spawned = thread.spawn(move || {
-            serve(accepted, &exports, shared, stop);
+            serve(accepted, &exports, limit, shared, stop);
             drop((place, token));
         });
         if let Err(error) = spawned {
@@ -137,7 +148,7 @@ async fn next(
 }
 
 /// The life of one connection, on its own thread.
-fn serve(accepted: Accepted, exports: &Exports, shared: Handle, stop: CancellationToken) {
+fn serve(accepted: Accepted, exports: &Exports, limit: Duration, shared: Handle, stop: CancellationToken) {
     let client = accepted.describe();
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -150,7 +161,7 @@ fn serve(accepted: Accepted, exports: &Exports, shared: Handle, stop: Cancellati
         };
         let chosen = tokio::select! {
             () = stop.cancelled() => return,
-            chosen = handshake::run(&mut stream, exports) => chosen,
+            chosen = handshake::run(&mut stream, exports, limit) => chosen,
         };
         let chosen = match chosen {
             Ok(Some(chosen)) => chosen,

@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use horcrux::cache::{Cache, CacheError, CacheOptions};
 use horcrux::nbd::{Endpoint, Export, Listener, ServeError, Server, ServerOptions};
@@ -38,6 +39,9 @@ pub struct Args {
     /// Bytes of disk the cache may take
     #[arg(long, value_name = "SIZE", default_value = "16G")]
     cache_size: ByteLen,
+    /// Seconds a client has to choose an export, after which its connection is closed
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    handshake_limit: u64,
 }
 
 /// `NAME[@REF]`, where no REF is not the same as `@main`: it goes on with what the volume has.
@@ -135,7 +139,9 @@ async fn serve(args: Args) -> Result<(), Error> {
 
     let exports = volumes.iter().map(export).collect();
     announce(&volumes, &listeners).map_err(|error| Error::System("tell where it listens", error))?;
-    let server = Server::new(exports, listeners, ServerOptions::default())?;
+    let handshake_limit = Duration::from_secs(args.handshake_limit);
+    let options = ServerOptions { handshake_limit, ..ServerOptions::default() };
+    let server = Server::new(exports, listeners, options)?;
     let failed = server.run(stop).await;
     tracing::info!(cache = ?cache.stats(), "stopped");
     if failed > 0 { Err(Error::NotFlushed(failed)) } else { Ok(()) }
