@@ -182,7 +182,7 @@ pub enum RepoError {
         why: &'static str,
     },
     /// A thread or its compressor could not be started.
-    #[error("the image writer can't {operation}")]
+    #[error("the image writer can't {operation}: {source}")]
     WriterSystem {
         /// What it tried.
         operation: &'static str,
