@@ -112,7 +112,7 @@ pub enum RepoError {
         matches: Vec<String>,
     },
     /// `REF~N` goes further back than the history.
-    #[error("{image}@{reference}: the history ends {depth} commits before it")]
+    #[error("{image}@{reference} is not there: the history goes back {depth} commits only")]
     NoAncestor {
         /// The image.
         image: String,
