@@ -1,5 +1,6 @@
 //! `horcrux-nbd serve`: from the command line to a running server.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -80,28 +81,6 @@ pub enum Error {
     NotFlushed(usize),
 }
 
-impl Error {
-    /// What to do about it.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Error::Volume(VolumeError::StateDirInUse { .. }) => {
-                Some("serve more images from one server (--name can be repeated), or give this one its own --state-dir".to_owned())
-            }
-            Error::Volume(VolumeError::OtherBase { volume, .. }) => Some(format!(
-                "leave out @REF to go on with the volume's changes, or use another --state-dir for another version of {volume}"
-            )),
-            Error::Volume(VolumeError::OtherRepository { .. }) => {
-                Some("use another --state-dir for another repository".to_owned())
-            }
-            Error::Serve(ServeError::SocketInUse { .. }) => {
-                Some("stop that server, or listen elsewhere with --unix or --listen".to_owned())
-            }
-            Error::Url(_) | Error::Repo(_) | Error::Volume(_) | Error::Cache(_) | Error::Serve(_) => None,
-            Error::System(..) | Error::NoStateDir | Error::NotFlushed(_) => None,
-        }
-    }
-}
-
 /// Serves until SIGTERM or SIGINT.
 pub fn run(args: Args) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -114,7 +93,17 @@ pub fn run(args: Args) -> Result<(), Error> {
     result
 }
 
+/// Two volumes of one image would share a name and a delta.
+fn refuse_name_twice(names: &[Name]) -> Result<(), ServeError> {
+    let mut seen = BTreeSet::new();
+    match names.iter().find(|name| !seen.insert(&name.image)) {
+        Some(name) => Err(ServeError::NameTwice { name: name.image.to_string() }),
+        None => Ok(()),
+    }
+}
+
 async fn serve(args: Args) -> Result<(), Error> {
+    refuse_name_twice(&args.names)?;
     let stop = stop_on_signals()?;
     let state_dir = args.state_dir.or_else(default_state_dir).ok_or(Error::NoStateDir)?;
     let opening = move || StateDir::open(&state_dir);
