@@ -23,7 +23,6 @@ trap 'exit 130' INT TERM
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 line() { printf '  %-28s %s\n' "$1" "$2"; }
-size_of() { du -sh --apparent-size "$1" | cut -f1; }
 disk_use() { du -sh "$1" | cut -f1; }
 now() { date +%s.%N; }
 since() { awk -v a="$1" -v b="$(now)" 'BEGIN { printf "%.2f s", b - a }'; }
@@ -53,17 +52,17 @@ stop() {
     wait "$server" || { echo "demo: the server ended with $?" >&2; cat "$work/server.log" >&2; exit 1; }
     server=
 }
-# Bytes of an allocation map whose type has the given bit's name in its description, or is not 0.
-mapped() {
-    nbdinfo --map="$1" "$uri" 2>/dev/null | awk '$3 != 0 { sum += $2 } END { print sum + 0 }'
-}
+# How many bytes of the disk are in this volume's delta; how many of the image are not on this machine yet (a hole
+# counts as here: there is nothing to fetch).
+dirty() { nbdinfo --map=x-horcrux:dirty "$uri" | awk '$3 != 0 { sum += $2 } END { printf "%d", sum }'; }
+absent() { nbdinfo --map=x-horcrux:cached "$uri" | awk '$3 == 0 { sum += $2 } END { printf "%d", sum }'; }
 
 # The source: pieces of this system up to the wanted size, and one of everything that tools forget.
 mkdir "$work/src"
 taken=0
 for piece in /usr/share/* /usr/lib/*; do
     [ -d "$piece" ] && [ ! -L "$piece" ] || continue
-    mb=$(du -sxm "$piece" 2>/dev/null | cut -f1)
+    mb=$({ du -sxm "$piece" 2>/dev/null || true; } | cut -f1)
     [ "$mb" -gt 0 ] && [ $((taken + mb)) -le "$mib" ] || continue
     # What this user may not read stays out.
     mkdir -p "$work/src/$(dirname "${piece#/}")"
@@ -74,22 +73,26 @@ find "$work/src" ! -type l ! -readable -prune -exec rm -rf {} + 2>/dev/null || t
 tests/tree.py make "$work/src/odd-things" --mb 4 2>/dev/null
 
 say "1. A directory becomes an image"
-line "directory" "$(size_of "$work/src"), $(find "$work/src" | wc -l) entries: sparse files, hard links, xattrs, ACLs, fifos, odd names"
+line "directory" "$(disk_use "$work/src"), $(find "$work/src" | wc -l) entries: sparse files, hard links, xattrs, ACLs, fifos, odd names"
 start=$(now)
 "$bin/horcrux-cli" image-from-dir --size 20G DEMO "$work/src" "$work/repo" >"$work/made" 2>&1 || { cat "$work/made" >&2; exit 1; }
 tail -6 "$work/made" | sed 's/^/  | /'
 line "image-from-dir" "$(since "$start"); the repository takes $(disk_use "$work/repo") for a disk of 20 GiB"
 
+sums() { (cd "$work/repo" && find . -type f -exec sha256sum {} + | sort); }
+before=$(sums)
+
 say "2. It is served, and only what is read is fetched"
 serve "horcrux-nbd serve"
-line "here before any read" "$(bytes "$(mapped x-horcrux:cached)")"
+at_start=$(absent)
+fetched() { line "$1" "$(bytes $((at_start - $(absent)))) of $(bytes "$at_start") in a disk of $(bytes "$(nbdinfo --size "$uri")")"; }
+fetched "fetched before any read"
 qemu-io -r -f raw -c 'read 0 4k' "$uri" >"$work/qemu" 2>&1 || { cat "$work/qemu" >&2; exit 1; }
-line "qemu-io reads 4 KiB" "$(sed -n 's/.*ops; \(.*\) sec.*/\1 s/p' "$work/qemu" | head -1)"
-line "here after it" "$(bytes "$(mapped x-horcrux:cached)") of $(bytes "$(nbdinfo --size "$uri")")"
+fetched "after qemu-io read 4 KiB"
 start=$(now)
 nbdcopy "$uri" "$work/copy.img"
 line "nbdcopy of the whole disk" "$(since "$start"), $(disk_use "$work/copy.img") of data, the rest holes"
-line "here after it" "$(bytes "$(mapped x-horcrux:cached)")"
+fetched "fetched after it"
 e2fsck -fn "$work/copy.img" >"$work/fsck" 2>&1 || { cat "$work/fsck" >&2; exit 1; }
 line "e2fsck of the copy" "clean"
 same=0
@@ -106,12 +109,14 @@ qemu-io -f raw -c 'write -P 0x48 20000M 3M' -c 'write -P 0x58 20100M 4k' -c flus
     { cat "$work/qemu" >&2; exit 1; }
 line "qemu-io writes and flushes" "3 MiB and 4 KiB"
 nbdinfo --map=x-horcrux:dirty "$uri" | awk '$3 != 0' | head -4 | sed 's/^ */  | dirty: offset /'
-line "the delta holds" "$(bytes "$(mapped x-horcrux:dirty)"); the repository is as it was"
+[ "$(sums)" = "$before" ] || { echo "demo: the repository changed" >&2; exit 1; }
+line "the delta holds" "$(bytes "$(dirty)"); the repository is byte for byte as it was"
 stop
 serve "stopped and served again"
 qemu-io -r -f raw -c 'read -P 0x48 20000M 3M' -c 'read -P 0x58 20100M 4k' "$uri" >"$work/qemu" 2>&1
 if grep -q 'Pattern verification failed' "$work/qemu"; then cat "$work/qemu" >&2; exit 1; fi
 line "qemu-io reads them back" "the same bytes"
-line "the delta holds" "$(bytes "$(mapped x-horcrux:dirty)"), cached $(bytes "$(mapped x-horcrux:cached)")"
+line "the delta holds" "$(bytes "$(dirty)"); nothing had to be fetched again"
+[ "$(absent)" = 0 ] || { echo "demo: $(absent) bytes are gone from the cache" >&2; exit 1; }
 stop
 say "Done; everything was in $work, which is gone now."
