@@ -363,7 +363,9 @@ fn a_client_that_vanishes_with_writes_in_flight_leaves_the_others_served() {
     for round in 0..20u64 {
         let mut client = Client::open(&server, "disk");
         for page in 0..50 {
-            client.submit(Command::Write, page * 8192, 4096, CommandFlags::FUA, &stamp(1, round + 1)).unwrap();
+            client
+                .submit(Command::Write, page * 8192, 4096, CommandFlags::FUA, &stamp(1, round + 1))
+                .unwrap();
         }
         // The last one half sent.
         let mut header = Vec::new();
@@ -543,7 +545,10 @@ fn a_delta_of_another_base_is_refused_by_name() {
     fs::rename(layers(&image.state()), image.dir().join("kept")).unwrap();
     run(Program::new("cp").arg("-r").arg(layers(&other)).arg(layers(&image.state()))).ok();
     let refused = Serve::disk(&image).refused();
-    assert!(refused.contains(map.to_str().unwrap()) && refused.contains("hint: put the volume's own"), "{refused}");
+    assert!(
+        refused.contains(map.to_str().unwrap()) && refused.contains("hint: put the volume's own"),
+        "{refused}"
+    );
     // A map and data that are not a pair.
     fs::remove_dir_all(layers(&image.state())).unwrap();
     fs::rename(image.dir().join("kept"), layers(&image.state())).unwrap();
