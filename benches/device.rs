@@ -101,9 +101,12 @@ fn paths(criterion: &mut Criterion) {
     group.measurement_time(Duration::from_secs(3));
     let read = |at: u64, len: u64| {
         let mut pieces = Vec::with_capacity(1);
-        let done = device.read_now(black_box(range(at, len)), &mut pieces).expect("it reads");
-        assert_eq!(done, Now::Done);
-        pieces
+        let range = black_box(range(at, len));
+        match device.read_now(range, &mut pieces).expect("it reads") {
+            Now::Done => pieces,
+            // A busy host took its pages out of memory.
+            Now::Wait => runtime.block_on(device.read(range)).expect("it reads"),
+        }
     };
     let mut state = 1;
     let parts = [("the commit", 0), ("the delta, in order", PART), ("the delta, scattered", 2 * PART)];

@@ -199,7 +199,7 @@ fn noise(dice: &mut Dice, len: u64) -> Vec<u8> {
     bytes
 }
 
-/// One change in one of its two forms; `Ok(false)` is a change that is no change.
+/// One change in one of its two forms.
 async fn change(device: &Arc<Device>, model: &mut Model, dice: &mut Dice) -> Result<(), DeviceError> {
     let fence = Fence::new();
     let (at, len) = any_range(dice, model.size);
@@ -207,7 +207,7 @@ async fn change(device: &Arc<Device>, model: &mut Model, dice: &mut Dice) -> Res
     let now = dice.below(3) > 0;
     let kind = dice.below(10);
     // The model first: a change that fails may have happened page by page.
-    let done = match kind {
+    match kind {
         0..=5 => {
             let bytes = noise(dice, len);
             model.set(at, len, Some(&bytes));
@@ -237,8 +237,7 @@ async fn change(device: &Arc<Device>, model: &mut Model, dice: &mut Dice) -> Res
             }
             device.trim(&fence, target).await
         }
-    };
-    done
+    }
 }
 
 async fn check_read(device: &Arc<Device>, model: &Model, dice: &mut Dice) {

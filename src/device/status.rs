@@ -13,6 +13,9 @@ use super::{Device, DeviceError};
 
 /// Chunk tables one status request may load: 4 GiB of the device at the default block size.
 const MAX_TABLES: usize = 64;
+/// Runs of the delta one status request may look at. Alike ones make one extent, so the extents alone bound nothing: a range of terabytes that was written
+/// page by page is hundreds of millions of runs. The client asks on from where the answer ends.
+const MAX_RUNS: usize = 16 << 10;
 
 /// Whether a range takes space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,8 +77,10 @@ impl Device {
     pub fn dirty(&self, range: ByteRange, most: usize) -> Result<Vec<Extent<Dirty>>, DeviceError> {
         self.check(range)?;
         let mut extents = Extents::new(most);
+        let mut runs = 0;
         let mut at = range.start;
-        while at < range.end {
+        while at < range.end && runs < MAX_RUNS {
+            runs += 1;
             let (run, end) = self.run_at(at, range.end);
             let state = match run.map(|run| run.source) {
                 None | Some(Source::Base) => Dirty::Clean,
@@ -123,9 +128,12 @@ impl Device {
     ) -> Result<Vec<Extent<T>>, DeviceError> {
         self.check(range)?;
         let mut extents = Extents::new(most);
-        let mut tables = 0;
+        let (mut runs, mut tables) = (0, 0);
+        // Where the block of the last table ends: a delta may cut it into many runs.
+        let mut table_end = ByteOffset(0);
         let mut at = range.start;
-        'range: while at < range.end {
+        'range: while at < range.end && runs < MAX_RUNS {
+            runs += 1;
             let (run, run_end) = self.run_at(at, range.end);
             match run.map_or(Source::Base, |run| run.source) {
                 Source::Data { .. } if !extents.push(run_end.0 - at.0, delta_data) => break,
@@ -141,10 +149,13 @@ impl Device {
                             at = hole_end;
                             continue;
                         }
-                        if tables == MAX_TABLES {
-                            break 'range;
+                        if self.base.block_end(at) != table_end {
+                            if tables == MAX_TABLES {
+                                break 'range;
+                            }
+                            tables += 1;
+                            table_end = self.base.block_end(at);
                         }
-                        tables += 1;
                         let table = self.base.table_at(at).await?;
                         let block_end = self.base.block_end(at).min(run_end);
                         while at < block_end {
