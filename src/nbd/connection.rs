@@ -168,7 +168,11 @@ impl Connection {
                 self.poll_io(cx, wants_input)
             })
             .await?;
-            end = end.or(happened);
+            end = match happened {
+                // Whatever it was about to end for: nobody is left to take what is still to be sent.
+                Some(End::Closed | End::Vanished) => happened,
+                _ => end.or(happened),
+            };
         }
     }
 
