@@ -140,6 +140,10 @@ pub fn create_dirs(dir: &Path, known: &mut dyn FnMut(&Path) -> bool) -> io::Resu
         match std::fs::create_dir(dir) {
             Ok(()) => {}
             Err(_) if dir.is_dir() => {}
+            // "File exists" is true of it and no answer to why there is no directory.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(rustix::io::Errno::NOTDIR.into());
+            }
             Err(error) => return Err(error),
         }
         match sync_dir(parent_of(dir)) {

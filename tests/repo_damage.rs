@@ -307,7 +307,7 @@ fn what_is_not_there_is_said_with_what_is() {
         let error = open(&repo, &name, "nope").await.unwrap_err().to_string();
         assert_eq!(error, "no branch, tag or commit 'nope' in a; it has: main, v1");
         let error = open(&repo, &name, "main~5").await.unwrap_err().to_string();
-        assert_eq!(error, "a@main~5: the history ends 4 commits before it");
+        assert_eq!(error, "a@main~5 is not there: the history goes back 1 commits only");
 
         let twin = format!("{}{}", &old.to_string()[..8], "0".repeat(56));
         memory.overwrite(&Key::new(&format!("images/a/commits/{twin}")).unwrap(), "");

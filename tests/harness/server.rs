@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -29,6 +30,8 @@ pub struct Server {
     /// What it said on standard output.
     pub said: Vec<String>,
     log: Arc<Mutex<String>>,
+    /// Ends when the log does.
+    logging: Option<JoinHandle<()>>,
 }
 
 impl Serve {
@@ -71,7 +74,7 @@ impl Serve {
         let log = Arc::new(Mutex::new(String::new()));
         let kept = log.clone();
         let stderr = BufReader::new(child.stderr.take().unwrap());
-        std::thread::spawn(move || {
+        let logging = std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
                 let mut kept = kept.lock().unwrap();
                 kept.push_str(&line);
@@ -81,7 +84,14 @@ impl Serve {
         let (lines, stdout) = mpsc::channel();
         let out = BufReader::new(child.stdout.take().unwrap());
         std::thread::spawn(move || out.lines().map_while(Result::ok).try_for_each(|line| lines.send(line)));
-        let mut server = Server { child, socket: PathBuf::new(), tcp: None, said: Vec::new(), log };
+        let mut server = Server {
+            child,
+            socket: PathBuf::new(),
+            tcp: None,
+            said: Vec::new(),
+            log,
+            logging: Some(logging),
+        };
         server.await_announcement(&stdout, self.names.len() * self.endpoints);
         server
     }
@@ -182,14 +192,34 @@ impl Server {
     /// Waits for its end.
     #[track_caller]
     pub fn ended(&mut self, patience: Duration) -> ExitStatus {
-        wait(&mut self.child, patience).unwrap_or_else(|| panic!("still runs after {patience:?}"))
+        let status =
+            wait(&mut self.child, patience).unwrap_or_else(|| panic!("still runs after {patience:?}"));
+        if let Some(logging) = self.logging.take() {
+            logging.join().unwrap();
+        }
+        status
     }
 
-    /// SIGTERM, and it must end well.
+    /// SIGTERM, and it must end well, and not only because it lost patience with a client.
     #[track_caller]
     pub fn stop(mut self) {
         let status = self.terminate();
         assert!(status.success(), "{status}");
+        assert!(!self.log().contains("did not end in time"), "a connection hangs");
+    }
+
+    /// Processor time the process has used, in hundredths of a second.
+    pub fn cpu_ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    }
+
+    /// Memory the process has of its own, in KiB: the cache's mapped files don't count.
+    pub fn resident_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        line.trim().split(' ').next().unwrap().parse().unwrap()
     }
 
     /// Open descriptors of the process.

@@ -4,6 +4,7 @@
 
 use std::io;
 
+use horcrux::cache::CacheError;
 use horcrux::delta::DeltaError;
 use horcrux::format::FormatError;
 use horcrux::nbd::{Endpoint, ServeError};
@@ -13,6 +14,7 @@ use horcrux::volume::VolumeError;
 
 use super::serve::Error;
 
+const FREE_SPACE: &str = "free some space on that disk, or use a --state-dir on another";
 const NEWER: &str = "it was written by a newer Horcrux; serve it with that one";
 
 /// What to do about `error`, where something can be said.
@@ -21,6 +23,7 @@ pub fn hint(error: &Error) -> Option<String> {
         Error::Repo(error) | Error::Volume(VolumeError::Repo(error)) => of_repository(error),
         Error::Volume(error) => of_volume(error),
         Error::Serve(error) => of_server(error),
+        Error::Cache(error) => of_cache(error),
         _ => None,
     }
 }
@@ -28,12 +31,19 @@ pub fn hint(error: &Error) -> Option<String> {
 fn of_repository(error: &RepoError) -> Option<String> {
     let hint = match error {
         RepoError::NotARepository { place } | RepoError::Store(StoreError::NoPlace { store: place }) => {
-            format!("check --access; 'horcrux-cli image-from-dir NAME DIR {place}' makes a repository in an empty place")
+            format!(
+                "check --access; \
+                 'horcrux-cli image-from-dir NAME DIR {place}' makes a repository in an empty place"
+            )
         }
-        RepoError::NoImage { image, .. } => format!("check --name; 'horcrux-cli image-from-dir {image} DIR REPO' makes an image"),
+        RepoError::NoImage { image, .. } => {
+            format!("check --name; 'horcrux-cli image-from-dir {image} DIR REPO' makes an image")
+        }
         RepoError::Damaged { source: FormatError::Version { .. }, .. } => NEWER.to_owned(),
         RepoError::Damaged { .. } | RepoError::Missing { .. } | RepoError::RefMisplaced { .. } => {
-            "put this object back from a copy of the repository; other versions and images are not touched by it".to_owned()
+            "put this object back from a copy of the repository; \
+             versions and images that do not need it can be served"
+                .to_owned()
         }
         _ => return None,
     };
@@ -43,29 +53,47 @@ fn of_repository(error: &RepoError) -> Option<String> {
 fn of_volume(error: &VolumeError) -> Option<String> {
     let hint = match error {
         VolumeError::StateDirInUse { .. } | VolumeError::Locked { .. } => {
-            "serve more images from one server (--name can be repeated), or give this one its own --state-dir".to_owned()
+            "serve more images from one server (--name can be repeated), \
+             or give this one its own --state-dir"
+                .to_owned()
         }
         VolumeError::OtherBase { volume, .. } => format!(
-            "leave out @REF to go on with the volume's changes, or use another --state-dir for another version of {volume}"
+            "leave out @REF to go on with the volume's changes, \
+             or use another --state-dir for another version of {volume}"
         ),
         VolumeError::OtherRepository { .. } => "use another --state-dir for another repository".to_owned(),
-        VolumeError::Record { .. } => {
-            "if a newer Horcrux wrote it, serve it with that one; another --state-dir starts without the volume's changes".to_owned()
+        VolumeError::Record { .. } => "if a newer Horcrux wrote it, serve it with that one; \
+             another --state-dir starts without the volume's changes"
+            .to_owned(),
+        VolumeError::Delta(DeltaError::Format { source: FormatError::Version { .. }, .. }) => {
+            NEWER.to_owned()
         }
-        VolumeError::Delta(DeltaError::Format { source: FormatError::Version { .. }, .. }) => NEWER.to_owned(),
         VolumeError::Delta(DeltaError::WrongBase { .. } | DeltaError::Foreign { .. }) => {
             "put the volume's own files back; another --state-dir starts without its changes".to_owned()
         }
         VolumeError::Delta(DeltaError::Format { .. } | DeltaError::Damaged { .. }) => {
-            "put the file back from a copy; another --state-dir starts without the volume's changes".to_owned()
+            "put the file back from a copy; another --state-dir starts without the volume's changes"
+                .to_owned()
         }
-        VolumeError::Delta(DeltaError::Full { .. }) => "free some space on that disk, or use a --state-dir on another".to_owned(),
+        VolumeError::Delta(DeltaError::Full { .. }) => FREE_SPACE.to_owned(),
         VolumeError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-            "free some space on that disk, or use a --state-dir on another".to_owned()
+            FREE_SPACE.to_owned()
         }
         _ => return None,
     };
     Some(hint)
+}
+
+fn of_cache(error: &CacheError) -> Option<String> {
+    match error {
+        CacheError::Limit { min, .. } => {
+            Some(format!("give --cache-size {}M or more", min.0.div_ceil(1 << 20)))
+        }
+        CacheError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+            Some(FREE_SPACE.to_owned())
+        }
+        _ => None,
+    }
 }
 
 fn of_server(error: &ServeError) -> Option<String> {
