@@ -32,11 +32,12 @@ fn lookups(criterion: &mut Criterion) {
     for count in [64u64, 8_192] {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let cache = Cache::open(dir.path(), CacheOptions::new(ByteLen(2 << 30))).expect("an empty directory");
-        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
         let ids: Vec<_> = (0..count)
             .map(|n| {
                 let chunk = chunk(n, size);
-                runtime.block_on(cache.room());
+                // Waits for the queue, so that all of them are kept.
+                drop(runtime.block_on(cache.room(ByteLen(size.len() as u64))));
                 cache.insert(chunk.clone());
                 chunk.id()
             })

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use cache_common::{Random, chunk, content, id, open, read, seed};
+use cache_common::{Random, chunk, content, id, open, read, room, seed};
 use horcrux::format::ChunkSize;
 
 const CHILD: &str = "HORCRUX_CACHE_CRASH_CHILD";
@@ -29,12 +29,12 @@ fn child_that_inserts_until_it_is_killed() {
     let size = ChunkSize::from_log2(log2).unwrap();
     // Made before, so that the writer is busy all the time and the kill is likely to hit it in mid-write.
     let chunks: Vec<_> = (0..chunks(log2)).map(|n| chunk(n, size)).collect();
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let cache = open(dir.as_ref(), 16);
     println!("ready");
     runtime.block_on(async {
         for chunk in chunks.iter().cycle() {
-            cache.room().await;
+            room(&cache, size).await;
             cache.insert(chunk.clone());
         }
     });
@@ -104,7 +104,7 @@ async fn any_mixture_of_old_and_new_sectors_after_a_power_cut_serves_nothing_wro
         for generation in 0..2 {
             let cache = open(dir.path(), 16);
             for n in numbers(generation) {
-                cache.room().await;
+                room(&cache, size).await;
                 cache.insert(chunk(n, size));
             }
             cache.written().await;

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
-use cache_common::{chunk, content, id, open, read, small};
+use cache_common::{chunk, content, id, open, read, room, small};
 use horcrux::cache::{Cache, CacheOptions};
 use horcrux::format::cache_index::SlabGeometry;
 use horcrux::units::ByteLen;
@@ -74,7 +74,7 @@ async fn a_disk_that_fills_up_while_the_cache_grows_keeps_what_is_there() {
     // The limit is far above the disk.
     let cache = open(disk.path(), 512);
     for n in 0..1000 {
-        cache.room().await;
+        room(&cache, small()).await;
         assert_eq!(*read(&cache, n, small()).await, *content(n, small()));
     }
     cache.written().await;
@@ -85,7 +85,7 @@ async fn a_disk_that_fills_up_while_the_cache_grows_keeps_what_is_there() {
     let filler = disk.path().join("filler");
     fill_up(&filler);
     for n in (0..1000).rev() {
-        cache.room().await;
+        room(&cache, small()).await;
         let found = read(&cache, n, small()).await;
         assert_eq!(*found, *content(n, small()));
     }
@@ -113,7 +113,7 @@ async fn the_cache_leaves_to_others_what_it_was_told_to() {
         CacheOptions { keep_free: Some(ByteLen(20 << 20)), ..CacheOptions::new(ByteLen(512 << 20)) };
     let cache = Cache::open(disk.path(), options).unwrap();
     for n in 0..600 {
-        cache.room().await;
+        room(&cache, small()).await;
         cache.insert(chunk(n, small()));
     }
     cache.written().await;
@@ -133,7 +133,7 @@ async fn a_slab_without_its_space_makes_writes_fail_and_never_reads() {
     slab.write_all_at(&geometry.encode(), 0).unwrap();
     let cache = open(disk.path(), 64);
     for n in 0..400 {
-        cache.room().await;
+        room(&cache, small()).await;
         assert_eq!(*read(&cache, n, small()).await, *content(n, small()));
     }
     cache.written().await;

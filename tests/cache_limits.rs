@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cache_common::{Random, chunk, content, id, open, read, seed, small};
+use cache_common::{Random, chunk, content, id, open, read, room, seed, small};
 use horcrux::cache::{Cache, ChunkRef};
 use horcrux::format::ChunkSize;
 use horcrux::units::ByteLen;
@@ -25,7 +25,7 @@ fn on_disk(dir: &Path) -> u64 {
 
 async fn insert_all(cache: &Arc<Cache>, numbers: std::ops::Range<u64>, size: ChunkSize) {
     for n in numbers {
-        cache.room().await;
+        room(cache, size).await;
         cache.insert(chunk(n, size));
     }
     cache.written().await;

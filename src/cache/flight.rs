@@ -16,6 +16,7 @@ use super::Cache;
 use super::chunk_ref::ChunkRef;
 use super::error::FetchError;
 use super::index::{Channel, Found, Outcome, Shard};
+use super::queue::Room;
 use super::slab::VERIFIED;
 use super::stats::{count, discount};
 use crate::format::{ChunkId, ChunkSize, VerifiedChunk};
@@ -58,15 +59,25 @@ impl Flight {
         self.id
     }
 
-    /// Hands the chunk to everyone who waits for it, and to the cache to be kept. Does not wait for the disk.
+    /// Hands the chunk to everyone who waits for it, and to the cache to be kept if its write queue has room. Does not
+    /// wait for the disk.
     pub fn fulfil(self, chunk: VerifiedChunk) -> Result<ChunkRef, FetchError> {
+        self.land(chunk, None)
+    }
+
+    /// As [`Flight::fulfil`], into room that was taken before.
+    pub fn fulfil_in(self, room: &mut Room, chunk: VerifiedChunk) -> Result<ChunkRef, FetchError> {
+        self.land(chunk, Some(room))
+    }
+
+    fn land(self, chunk: VerifiedChunk, room: Option<&mut Room>) -> Result<ChunkRef, FetchError> {
         if chunk.id() != self.id {
             let expected = ByteLen(chunk.content().len() as u64);
             let error = FetchError::Wrong { id: self.id, expected, actual_id: chunk.id(), actual: expected };
             self.end(Err(error.clone()));
             return Err(error);
         }
-        Ok(self.cache.insert(chunk))
+        Ok(self.cache.take_in(chunk, room))
     }
 
     /// Tells everyone who waits that the fetch failed. The next to ask will be told to try again.
@@ -246,9 +257,11 @@ impl Cache {
         let fetch = fetch();
         let cache = self.clone();
         let fetched = tokio::spawn(async move {
-            cache.room().await;
+            let mut room = cache.room(ByteLen(size.len() as u64)).await;
             match fetch.await {
-                Ok(chunk) if chunk.id() == id && chunk.content().len() == size.len() => flight.fulfil(chunk),
+                Ok(chunk) if chunk.id() == id && chunk.content().len() == size.len() => {
+                    flight.fulfil_in(&mut room, chunk)
+                }
                 Ok(chunk) => Err(flight.fail_as(FetchError::Wrong {
                     id,
                     expected: ByteLen(size.len() as u64),
@@ -281,8 +294,12 @@ impl Cache {
 
     /// Keeps a verified chunk, and hands it to those who wait for it, whoever was to fetch it. Does not wait for the
     /// disk: until it is written it is served from memory, and if the write queue is full, memory is all it gets.
-    /// Those who fetch much ask [`Cache::room`] before.
+    /// Those who fetch ask for [`Cache::room`] before, and land in it.
     pub fn insert(&self, chunk: VerifiedChunk) -> ChunkRef {
+        self.take_in(chunk, None)
+    }
+
+    fn take_in(&self, chunk: VerifiedChunk, room: Option<&mut Room>) -> ChunkRef {
         let id = chunk.id();
         count(&self.inner.counters.fetched, chunk.content().len() as u64);
         let mut shard = self.inner.index.shard(&id);
@@ -290,7 +307,7 @@ impl Cache {
             Found::Verified(kept) => kept,
             // Being verified, or will be at its first use: nothing to write.
             Found::Unverified(_) => ChunkRef::heap(chunk.content().clone()),
-            Found::Nothing => self.stage(&mut shard, chunk),
+            Found::Nothing => self.stage(&mut shard, chunk, room),
         };
         let flight = shard.flights.remove(&id);
         drop(shard);

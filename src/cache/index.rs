@@ -246,15 +246,15 @@ impl Index {
 
 #[cfg(test)]
 mod tests {
-    use super::super::lock::DirLock;
     use super::*;
     use crate::format::ChunkSize;
     use crate::format::cache_index::SlabGeometry;
+    use crate::lock::FileLock;
 
     #[test]
     fn a_pinned_chunk_stays_and_a_used_one_gets_one_more_round() {
         let dir = tempfile::tempdir().unwrap();
-        let lock = Arc::new(DirLock::take(dir.path()).unwrap());
+        let lock = Arc::new(FileLock::take(&dir.path().join("lock")).unwrap());
         let size = ChunkSize::from_log2(20).unwrap();
         let slab = Slab::create(dir.path(), 3, SlabGeometry::new(size, 22).unwrap(), lock).unwrap();
         let content = vec![9; size.len()];
@@ -283,7 +283,7 @@ mod tests {
     #[test]
     fn a_forgotten_chunk_is_not_found_but_its_slot_is_not_free_while_it_is_held() {
         let dir = tempfile::tempdir().unwrap();
-        let lock = Arc::new(DirLock::take(dir.path()).unwrap());
+        let lock = Arc::new(FileLock::take(&dir.path().join("lock")).unwrap());
         let size = ChunkSize::from_log2(20).unwrap();
         let slab = Arc::new(Slab::create(dir.path(), 0, SlabGeometry::new(size, 22).unwrap(), lock).unwrap());
         let content = vec![7; size.len()];

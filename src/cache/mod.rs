@@ -22,7 +22,6 @@ mod chunk_ref;
 mod error;
 mod flight;
 mod index;
-mod lock;
 mod queue;
 mod slab;
 mod stats;
@@ -41,15 +40,16 @@ pub use blobs::MAX_BLOB;
 pub use chunk_ref::{ChunkRef, ChunkSlice};
 pub use error::{CacheError, FetchError};
 pub use flight::{Claim, Flight, Pending, Settled};
+pub use queue::Room;
 pub use stats::CacheStats;
 
 use crate::format::cache_index::{MAX_SLAB_LOG2, MIN_SLAB_LOG2};
 use crate::format::{ChunkId, ChunkSize, VerifiedChunk};
+use crate::lock::{FileLock, LockError};
 use crate::repo::MetaCache;
 use crate::units::ByteLen;
 use blobs::Blobs;
 use index::{Found, Index, Place, Shard};
-use lock::DirLock;
 use queue::Queue;
 use slab::{Opened, Slab};
 use stats::{Counters, count, value};
@@ -68,10 +68,10 @@ const MAX_BLOB_SHARE: u64 = 1 << 30;
 /// and a full disk hurts them more.
 const MAX_KEEP_FREE: u64 = 1 << 30;
 const KEEP_FREE: u64 = 20;
-/// The write queue: chunks in memory on their way to the disk.
+/// Chunks in memory on their way to the disk, and those being fetched into room that was asked for.
 const QUEUE_BYTES: usize = 64 << 20;
-/// [`Cache::room`] waits until the queue has come down to this.
-const QUEUE_HAS_ROOM: usize = QUEUE_BYTES / 4 * 3;
+/// The most that should be asked of [`Cache::room`] at a time: several who fetch share the queue.
+pub const ROOM_SHARE: ByteLen = ByteLen(QUEUE_BYTES as u64 / 4);
 /// Chunks that are being read and checked at one time; each takes a buffer of its size.
 const MAX_CHECKS: usize = 16;
 
@@ -121,7 +121,7 @@ impl Cache {
         }
         let slabs = dir.join("slabs");
         fs::create_dir_all(&slabs).map_err(CacheError::io("make the directory", &slabs))?;
-        let lock = Arc::new(DirLock::take(dir)?);
+        let lock = Arc::new(lock(dir)?);
         let blob_share = (limit.0 / BLOB_SHARE).clamp(MIN_BLOB_SHARE, MAX_BLOB_SHARE);
         let blobs = Blobs::open(dir.join("meta"), blob_share)?;
         let slab_limit = limit.0 - blob_share;
@@ -147,7 +147,7 @@ impl Cache {
                 slab.unlink();
                 continue;
             }
-            take_in(&inner, &mut writer, slab, &ids);
+            adopt(&inner, &mut writer, slab, &ids);
         }
         let (jobs, receiver) = mpsc::channel();
         let thread = std::thread::Builder::new()
@@ -185,16 +185,18 @@ impl Cache {
         shard.place(id).is_some() || shard.staged.contains_key(id)
     }
 
-    /// Waits until the write queue has room again. Those who fetch much ask before they fetch, so that what they
-    /// bring is kept.
-    pub async fn room(&self) {
-        self.queue.falls_to(QUEUE_HAS_ROOM).await;
+    /// Waits for room in the write queue. Those who fetch ask for it before they fetch and land in it
+    /// ([`Flight::fulfil_in`]): what they bring is kept then, and chunks in memory are bounded however many fetch at
+    /// once and however slow the disk is. At most [`ROOM_SHARE`] at a time. Room that is held by others and not given
+    /// back for seconds (their store hangs) is not waited for: what was asked for may then not be kept.
+    pub async fn room(&self, bytes: ByteLen) -> Room {
+        self.queue.reserve(usize::try_from(bytes.0).unwrap_or(usize::MAX)).await
     }
 
     /// Waits until everything inserted has been written (not synced). Under steady inserts this may be never: it is
     /// for shutting down and for tests.
     pub async fn written(&self) {
-        self.queue.falls_to(0).await;
+        self.queue.empties().await;
     }
 
     /// The small object (chunk table, map node) of that BLAKE3, if it is here. Blocks on a file.
@@ -228,11 +230,15 @@ impl Cache {
         }
     }
 
-    /// Takes a chunk that is not here into memory and into the write queue, if that has room.
-    fn stage(&self, shard: &mut Shard, chunk: VerifiedChunk) -> ChunkRef {
+    /// Takes a chunk that is not here into memory and into the write queue: into `room`, or what room there is.
+    fn stage(&self, shard: &mut Shard, chunk: VerifiedChunk, room: Option<&mut Room>) -> ChunkRef {
         let content = chunk.content().clone();
         let size = ChunkSize::from_len(ByteLen(content.len() as u64));
-        if let (Some(size), Some(room), Some(jobs)) = (size, self.queue.enter(content.len()), &self.jobs) {
+        let room = match room {
+            Some(room) => room.take(content.len()),
+            None => self.queue.enter(content.len()),
+        };
+        if let (Some(size), Some(room), Some(jobs)) = (size, room, &self.jobs) {
             shard.staged.insert(chunk.id(), content.clone());
             let id = chunk.id();
             if jobs.send(Job { chunk, size, room }).is_err() {
@@ -277,6 +283,15 @@ impl std::fmt::Debug for Cache {
     }
 }
 
+/// Locks a cache directory: one server at a time.
+fn lock(dir: &Path) -> Result<FileLock, CacheError> {
+    let path = dir.join("lock");
+    FileLock::take(&path).map_err(|error| match error {
+        LockError::InUse { holder } => CacheError::InUse { dir: dir.to_owned(), holder },
+        LockError::Io(source) => CacheError::Io { action: "lock", path, source },
+    })
+}
+
 /// Lists the slab files by number, and deletes those a crash left unfinished.
 fn slab_files(dir: &Path) -> Result<Vec<(u16, std::path::PathBuf)>, CacheError> {
     let mut files = Vec::new();
@@ -296,7 +311,7 @@ fn slab_files(dir: &Path) -> Result<Vec<(u16, std::path::PathBuf)>, CacheError> 
 }
 
 /// Enters what a slab says it holds, unverified. Of two slots that name one chunk the first counts.
-fn take_in(inner: &Inner, writer: &mut Writer, slab: Slab, ids: &[Option<ChunkId>]) {
+fn adopt(inner: &Inner, writer: &mut Writer, slab: Slab, ids: &[Option<ChunkId>]) {
     let slab = Arc::new(slab);
     inner.index.add_slab(&slab);
     let mut free = Vec::new();

@@ -17,11 +17,11 @@ use memmap2::{Mmap, MmapOptions};
 use rustix::fs::{Advice, FallocateFlags};
 
 use super::error::CacheError;
-use super::lock::DirLock;
 use crate::format::ChunkId;
 use crate::format::cache_index::{
     HEADER_LEN, RECORD_LEN, RECORDS_AT, SlabGeometry, decode_record, encode_record,
 };
+use crate::lock::FileLock;
 
 /// The slot is in the index: its bytes are whole as far as anyone knows.
 pub(super) const FILLED: u32 = 1 << 31;
@@ -66,7 +66,7 @@ pub(super) struct Slab {
     map: Mmap,
     slots: Box<[Slot]>,
     /// The directory stays locked as long as any chunk of it can be read.
-    _lock: Arc<DirLock>,
+    _lock: Arc<FileLock>,
 }
 
 impl Slab {
@@ -86,7 +86,7 @@ impl Slab {
         dir: &Path,
         number: u16,
         geometry: SlabGeometry,
-        lock: Arc<DirLock>,
+        lock: Arc<FileLock>,
     ) -> io::Result<Slab> {
         let temporary = dir.join(format!(".tmp-{number:08}"));
         let path = dir.join(Slab::name(number));
@@ -119,7 +119,7 @@ impl Slab {
     }
 
     /// Opens a slab and lists which chunk each of its slots says it holds.
-    pub(super) fn open(path: &Path, number: u16, lock: Arc<DirLock>) -> Result<Opened, CacheError> {
+    pub(super) fn open(path: &Path, number: u16, lock: Arc<FileLock>) -> Result<Opened, CacheError> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -157,7 +157,7 @@ impl Slab {
         geometry: SlabGeometry,
         path: PathBuf,
         file: File,
-        lock: Arc<DirLock>,
+        lock: Arc<FileLock>,
     ) -> io::Result<Slab> {
         // SAFETY: the file is private to this process: mode 0600, in a directory it holds the lock of. It writes a
         // slot only while no reference into it exists (no pins), and never shortens the file.

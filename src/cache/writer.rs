@@ -21,12 +21,12 @@ use rustix::io::Errno;
 
 use super::Inner;
 use super::index::{Evicted, Place};
-use super::lock::DirLock;
 use super::queue::Room;
 use super::slab::{BAD, FILLED, PINS, Slab};
 use super::stats::{count, discount, value};
 use crate::format::cache_index::{MIN_SLAB_LOG2, SlabGeometry};
 use crate::format::{ChunkSize, VerifiedChunk};
+use crate::lock::FileLock;
 
 /// After the disk refused to give a new slab, this many chunks are stored or turned away before it is asked again.
 const RETRY_GROWTH_AFTER: u32 = 256;
@@ -65,7 +65,7 @@ impl Class {
 /// The books of the writer thread.
 pub(super) struct Writer {
     inner: Arc<Inner>,
-    lock: Arc<DirLock>,
+    lock: Arc<FileLock>,
     dir: PathBuf,
     /// Bytes all slab files together may take.
     limit: u64,
@@ -83,7 +83,7 @@ pub(super) struct Writer {
 /// What the writer is told at the start.
 pub(super) struct Books {
     pub(super) inner: Arc<Inner>,
-    pub(super) lock: Arc<DirLock>,
+    pub(super) lock: Arc<FileLock>,
     pub(super) dir: PathBuf,
     pub(super) limit: u64,
     pub(super) slab_log2: u8,

@@ -17,6 +17,7 @@ use crate::units::{ByteLen, PAGE_SIZE, PageIndex};
 
 use super::disk::{Dir, File};
 use super::error::DeltaError;
+use super::in_place::InPlace;
 use super::log::{Log, MAP_FILE};
 use super::page_map::PageMap;
 use super::slots::Slots;
@@ -33,6 +34,9 @@ const PENDING_SOFT: usize = 1 << 16;
 const PENDING_HARD: usize = 1 << 22;
 /// Freed runs of at least this many slots are given back to the file system.
 const PUNCH_MIN_SLOTS: u32 = 16;
+
+/// Times a reader tries before it holds the writers off.
+const READS_ACROSS_WRITES: usize = 8;
 
 /// What a layer is, apart from what it holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,6 +89,7 @@ pub struct Layer {
     gate: RwLock<()>,
     shared: RwLock<Shared>,
     slots: Mutex<Slots>,
+    in_place: InPlace,
     journal: Mutex<Journal>,
     /// Numbers FLUSHes, so that one commit serves all that came before its capture.
     tickets: AtomicU64,
@@ -168,6 +173,7 @@ impl Layer {
             gate: RwLock::new(()),
             shared: RwLock::new(Shared { pages, pin: Arc::new(()), pending: Vec::new(), let_go: Vec::new() }),
             slots: Mutex::new(slots),
+            in_place: InPlace::new(),
             journal: Mutex::new(Journal {
                 rewritten_len: log.len(),
                 log,
@@ -207,16 +213,28 @@ impl Layer {
         self.shared.read().pages.clone()
     }
 
-    /// Reads from the slots of a run: `skip` bytes into `first`, under the run's pin.
+    /// Reads from the slots of a run: `skip` bytes into `first`, under the run's pin. Each page is whole, even where it is being written.
     pub fn read(&self, first: Slot, skip: u64, buf: &mut [u8]) -> Result<(), DeltaError> {
-        self.data.read_at(buf, first.offset() + skip).map_err(|source| self.data_failed("read", source))
+        let (slot, count) = slots_of(first, skip, buf.len());
+        let mut read = || self.data.read_at(buf, first.offset() + skip);
+        for _ in 0..READS_ACROSS_WRITES {
+            if let Some(done) = self.in_place.read(slot, count, &mut read) {
+                return done.map_err(|source| self.data_failed("read", source));
+            }
+        }
+        // They are written to all the time. What was just written is in memory, so this holds nobody up for long.
+        let _gate = self.gate.write();
+        read().map_err(|source| self.data_failed("read", source))
     }
 
-    /// Like [`Layer::read`] if it needs no disk; `false` where it would wait.
+    /// Like [`Layer::read`] if it needs neither the disk nor a writer to be done; `false` where it would wait.
+    #[inline]
     pub fn read_nowait(&self, first: Slot, skip: u64, buf: &mut [u8]) -> Result<bool, DeltaError> {
-        self.data
-            .read_at_nowait(buf, first.offset() + skip)
-            .map_err(|source| self.data_failed("read", source))
+        let (slot, count) = slots_of(first, skip, buf.len());
+        match self.in_place.read(slot, count, || self.data.read_at_nowait(buf, first.offset() + skip)) {
+            Some(done) => done.map_err(|source| self.data_failed("read", source)),
+            None => Ok(false),
+        }
     }
 
     /// Writes whole pages from `first` on. Not durable before the next flush. On `Err` each page is old or new.
@@ -231,7 +249,10 @@ impl Layer {
             let place = self.place(at, total - done)?;
             let part = (done * PAGE_SIZE) as usize..((done + u64::from(place.pages)) * PAGE_SIZE) as usize;
             self.data_dirty.store(true, Ordering::Release);
-            if let Err(source) = self.data.write_at(&bytes[part], place.slot.offset()) {
+            let write = || self.data.write_at(&bytes[part], place.slot.offset());
+            let written =
+                if place.named { self.in_place.write(place.slot, place.pages, write) } else { write() };
+            if let Err(source) = written {
                 if !place.named {
                     self.slots.lock().release(place.slot, place.pages);
                 }
@@ -447,6 +468,12 @@ impl Shared {
         }
         self.pending.push(record);
     }
+}
+
+/// The slots under `len` bytes (at least 1) that start `skip` bytes into `first`.
+fn slots_of(first: Slot, skip: u64, len: usize) -> (Slot, u32) {
+    let (from, end) = (skip / PAGE_SIZE, (skip + len as u64).div_ceil(PAGE_SIZE));
+    (Slot(first.0 + from as u32), (end - from).max(1) as u32)
 }
 
 fn device_pages(identity: &Identity) -> u64 {

@@ -5,6 +5,7 @@
 
 pub mod disk;
 mod error;
+mod in_place;
 mod layer;
 mod log;
 pub mod page_map;

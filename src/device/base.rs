@@ -5,11 +5,11 @@
 
 use std::sync::Arc;
 
-use crate::cache::{Cache, ChunkRef, Claim, FetchError, Flight, Settled};
+use crate::cache::{Cache, ChunkRef, Claim, FetchError, Flight, ROOM_SHARE, Settled};
 use crate::format::commit::BlockSize;
 use crate::format::{ChunkLocation, ChunkTable};
 use crate::repo::{RepoError, Version};
-use crate::units::{BlockIndex, ByteOffset, ByteRange, ChunkIndex};
+use crate::units::{BlockIndex, ByteLen, ByteOffset, ByteRange, ChunkIndex};
 
 /// Chunks asked of the repository at a time when a range is fetched ahead of its use.
 const PREFETCH_CHUNKS: usize = 64;
@@ -205,31 +205,27 @@ impl Base {
         Ok(())
     }
 
-    /// Fetches chunks that are ours to fetch. A task of its own: if our client goes away, others still get what they wait for.
+    /// Fetches chunks that are ours to fetch.
     async fn fly(
         &self,
-        flights: Vec<(ChunkIndex, ChunkLocation, Flight)>,
+        mut flights: Vec<(ChunkIndex, ChunkLocation, Flight)>,
         fetched: &mut Fetched,
     ) -> Result<(), BaseError> {
-        if flights.is_empty() {
-            return Ok(());
+        // Each share waits for its own room in the cache; the first to get it need not wait for the last.
+        let share = (ROOM_SHARE.0 / self.chunk_len).max(1) as usize;
+        let mut tasks = Vec::with_capacity(flights.len().div_ceil(share));
+        while !flights.is_empty() {
+            let rest = flights.split_off(flights.len().min(share));
+            let first = flights[0].1.id;
+            let fly = fly_together(self.version.clone(), self.cache.clone(), self.chunk_len, flights);
+            // A task of its own: if our client goes away, others still get what they wait for.
+            tasks.push((first, tokio::spawn(fly)));
+            flights = rest;
         }
-        let (version, cache) = (self.version.clone(), self.cache.clone());
-        let first = flights[0].1.id;
-        let work = tokio::spawn(async move {
-            cache.room().await;
-            let locations: Vec<ChunkLocation> = flights.iter().map(|(_, location, _)| *location).collect();
-            let answers = version.fetch(&locations).await;
-            let landed = flights.into_iter().zip(answers).map(|((chunk, _, flight), answer)| match answer {
-                Ok(content) => flight.fulfil(content).map(|here| (chunk, Some(here))),
-                Err(error) => Err(flight.fail(error)),
-            });
-            // All of them, before the first error is told: the others' waiters must not wait for ours.
-            landed.collect::<Vec<_>>()
-        });
-        let landed = work.await.map_err(|_| FetchError::BrokenOff { id: first })?;
-        for chunk in landed {
-            fetched.push(chunk?);
+        for (first, task) in tasks {
+            for chunk in task.await.map_err(|_| FetchError::BrokenOff { id: first })? {
+                fetched.push(chunk?);
+            }
         }
         Ok(())
     }
@@ -253,4 +249,23 @@ impl Base {
         }
         self.fetch(&batch, &mut Vec::new()).await
     }
+}
+
+/// Fetches chunks in one request, and lands all of them in the cache.
+async fn fly_together(
+    version: Version,
+    cache: Arc<Cache>,
+    chunk_len: u64,
+    flights: Vec<(ChunkIndex, ChunkLocation, Flight)>,
+) -> Vec<Result<(ChunkIndex, Option<ChunkRef>), FetchError>> {
+    // Held until they have landed: chunks under way count like chunks that wait for the disk.
+    let mut room = cache.room(ByteLen(flights.len() as u64 * chunk_len)).await;
+    let locations: Vec<ChunkLocation> = flights.iter().map(|(_, location, _)| *location).collect();
+    let answers = version.fetch(&locations).await;
+    let landed = flights.into_iter().zip(answers).map(|((chunk, _, flight), answer)| match answer {
+        Ok(content) => flight.fulfil_in(&mut room, content).map(|here| (chunk, Some(here))),
+        Err(error) => Err(flight.fail(error)),
+    });
+    // All of them, before the first error is told: the others' waiters must not wait for ours.
+    landed.collect()
 }

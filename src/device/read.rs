@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use smallvec::SmallVec;
 
 use crate::cache::{ChunkRef, ChunkSlice};
 use crate::delta::{Run, Source};
@@ -55,6 +56,9 @@ impl Lacking {
         self.chunks.is_empty() && self.asleep.is_empty() && !self.delta
     }
 }
+
+/// Runs of the delta that follow each other, and which bytes of the device each stands for.
+type DataRuns = SmallVec<[(Run, ByteRange); 1]>;
 
 impl Device {
     /// Appends the pieces of `range` if all of it is here and in memory; else leaves `pieces` as it was.
@@ -133,17 +137,26 @@ impl Device {
         lacking: &mut Lacking,
     ) -> Result<(), DeviceError> {
         let mut at = range.start;
+        let mut data = DataRuns::new();
         while at < range.end {
             let (run, end) = self.run_at(at, range.end);
-            match run.as_ref().map_or(&Source::Base, |run| &run.source) {
-                Source::Zero => push_zero(pieces, end.0 - at.0),
-                Source::Data { .. } => {
-                    let run = run.as_ref().expect("only a run of the delta has data");
-                    self.read_delta(run, at, end, may_wait, pieces, lacking)?;
-                }
-                Source::Base => self.pass_base(ByteRange { start: at, end }, fetched, pieces, lacking),
-            }
+            let part = ByteRange { start: at, end };
             at = end;
+            match run {
+                Some(run) if matches!(run.source, Source::Data { .. }) => {
+                    data.push((run, part));
+                    continue;
+                }
+                _ if data.is_empty() => {}
+                _ => self.read_delta(&mut data, may_wait, pieces, lacking)?,
+            }
+            match run {
+                Some(run) if matches!(run.source, Source::Zero) => push_zero(pieces, part.len().0),
+                _ => self.pass_base(part, fetched, pieces, lacking),
+            }
+        }
+        if !data.is_empty() {
+            self.read_delta(&mut data, may_wait, pieces, lacking)?;
         }
         Ok(())
     }
@@ -158,23 +171,32 @@ impl Device {
         (Some(run), end)
     }
 
+    /// Reads runs that follow each other into one buffer, each run to its place, and takes them off `data`.
     fn read_delta(
         &self,
-        run: &Run,
-        at: ByteOffset,
-        end: ByteOffset,
+        data: &mut DataRuns,
         may_wait: bool,
         pieces: &mut Vec<Piece>,
         lacking: &mut Lacking,
     ) -> Result<(), DeviceError> {
-        let delta = self.delta.as_ref().expect("the run is of this delta");
-        let mut buffer = vec![0; (end.0 - at.0) as usize];
-        let skip = at.0 - run.first.offset().0;
-        if may_wait {
-            delta.read(run, skip, &mut buffer)?;
-        } else if !delta.read_nowait(run, skip, &mut buffer)? {
-            lacking.delta = true;
+        let delta = self.delta.as_ref().expect("the runs are of this delta");
+        let runs = std::mem::take(data);
+        if !lacking.is_none() {
+            // There will be another pass.
             return Ok(());
+        }
+        let mut buffer = vec![0; runs.iter().map(|(_, part)| part.len().0).sum::<u64>() as usize];
+        let mut rest = buffer.as_mut_slice();
+        for (run, part) in &runs {
+            let (place, after) = rest.split_at_mut(part.len().0 as usize);
+            let skip = part.start.0 - run.first.offset().0;
+            if may_wait {
+                delta.read(run, skip, place)?;
+            } else if !delta.read_nowait(run, skip, place)? {
+                lacking.delta = true;
+                return Ok(());
+            }
+            rest = after;
         }
         pieces.push(Piece::Bytes(buffer.into()));
         Ok(())

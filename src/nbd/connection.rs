@@ -188,8 +188,10 @@ impl Connection {
 
     /// How it ends where the client closed the socket.
     fn closed(&self) -> End {
-        let idle =
-            self.in_flight == 0 && self.input.is_empty() && matches!(self.receiving, Receiving::Header);
+        let idle = self.in_flight == 0
+            && self.output.pending() == 0
+            && self.input.is_empty()
+            && matches!(self.receiving, Receiving::Header);
         if idle { End::Closed } else { End::Vanished }
     }
 

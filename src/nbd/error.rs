@@ -30,7 +30,7 @@ pub enum ServeError {
         path: PathBuf,
     },
     /// Two exports of one name.
-    #[error("the name {name} is served twice")]
+    #[error("{name} is to be served twice")]
     NameTwice {
         /// The name.
         name: String,

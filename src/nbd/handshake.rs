@@ -1,6 +1,6 @@
 //! The handshake of one connection: drives the protocol's state machine with a socket.
 //!
-//! Invariant: it ends within [`TIMEOUT`], whatever the client does or does not send.
+//! Invariant: it ends within its limit of time, whatever the client does or does not send.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,8 +14,6 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::export::Export;
 use super::listener::Stream;
 
-/// A client has this long to choose an export.
-pub const TIMEOUT: Duration = Duration::from_secs(30);
 const READ_BUFFER: usize = 4 << 10;
 
 /// The exports of a server, by name.
@@ -31,8 +29,8 @@ pub enum HandshakeError {
     #[error(transparent)]
     Io(#[from] io::Error),
     /// The client took too long.
-    #[error("no export was chosen within {} s", TIMEOUT.as_secs())]
-    Timeout,
+    #[error("no export was chosen within {} s", .0.as_secs_f64())]
+    Timeout(Duration),
 }
 
 /// A client that chose an export, and what it sent after that.
@@ -42,9 +40,14 @@ pub struct Chosen {
     pub input: BytesMut,
 }
 
-/// Runs the handshake; `None` where the client went away or gave up, as clients that only list do.
-pub async fn run(stream: &mut Stream, exports: &Exports) -> Result<Option<Chosen>, HandshakeError> {
-    tokio::time::timeout(TIMEOUT, converse(stream, exports)).await.map_err(|_| HandshakeError::Timeout)?
+/// Runs the handshake for at most `limit`; `None` where the client went away or gave up, as clients that only list do.
+pub async fn run(
+    stream: &mut Stream,
+    exports: &Exports,
+    limit: Duration,
+) -> Result<Option<Chosen>, HandshakeError> {
+    let conversation = converse(stream, exports);
+    tokio::time::timeout(limit, conversation).await.map_err(|_| HandshakeError::Timeout(limit))?
 }
 
 /// The export of a name; the empty name is the only one there is, if there is only one.

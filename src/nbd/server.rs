@@ -32,11 +32,13 @@ const STACK: usize = 512 << 10;
 pub struct ServerOptions {
     /// After a stop, requests in flight have this long.
     pub grace: Duration,
+    /// A client has this long to choose an export.
+    pub handshake_limit: Duration,
 }
 
 impl Default for ServerOptions {
     fn default() -> ServerOptions {
-        ServerOptions { grace: Duration::from_secs(10) }
+        ServerOptions { grace: Duration::from_secs(10), handshake_limit: Duration::from_secs(30) }
     }
 }
 
@@ -70,9 +72,14 @@ impl Server {
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let mut loops = JoinSet::new();
         for listener in self.listeners {
-            let accepting =
-                accept(listener, self.exports.clone(), places.clone(), connections.clone(), stop.clone());
-            loops.spawn(accepting);
+            let accepting = Accepting {
+                exports: self.exports.clone(),
+                places: places.clone(),
+                connections: connections.clone(),
+                limit: self.options.handshake_limit,
+                stop: stop.clone(),
+            };
+            loops.spawn(accept(listener, accepting));
         }
         for export in self.exports.values() {
             loops.spawn(commit_regularly(export.clone(), stop.clone()));
@@ -97,13 +104,17 @@ impl Server {
     }
 }
 
-async fn accept(
-    listener: Listener,
+/// What every connection a listener accepts is given.
+struct Accepting {
     exports: Arc<Exports>,
     places: Arc<Semaphore>,
     connections: TaskTracker,
+    limit: Duration,
     stop: CancellationToken,
-) {
+}
+
+async fn accept(listener: Listener, accepting: Accepting) {
+    let Accepting { exports, places, connections, limit, stop } = accepting;
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
@@ -117,7 +128,8 @@ async fn accept(
                 continue;
             }
         };
-        let client = Client { exports: exports.clone(), stop: stop.clone(), shared: Handle::current() };
+        let client =
+            Client { exports: exports.clone(), limit, stop: stop.clone(), shared: Handle::current() };
         // The place and the token go with the connection, so that its end is counted.
         let token = connections.token();
         tokio::spawn(client.serve(accepted, (place, token)));
@@ -135,6 +147,8 @@ async fn next(
 /// What a connection needs of its server.
 struct Client {
     exports: Arc<Exports>,
+    /// How long the handshake may take.
+    limit: Duration,
     stop: CancellationToken,
     shared: Handle,
 }
@@ -145,7 +159,7 @@ impl Client {
         let client = accepted.describe();
         let begun = async {
             let mut stream = accepted.into_stream()?;
-            match handshake::run(&mut stream, &self.exports).await? {
+            match handshake::run(&mut stream, &self.exports, self.limit).await? {
                 Some(chosen) => Ok(Some((stream.into_blocking()?, chosen))),
                 None => Ok(None),
             }
@@ -178,8 +192,8 @@ fn serve(client: &str, socket: OwnedFd, chosen: Chosen, shared: Handle, stop: &C
     let export = chosen.export.name().to_owned();
     tracing::info!(client, export, mode = ?chosen.negotiated.mode, "connected");
     match connection::run(socket, chosen, shared, stop) {
-        Ok(End::Vanished) => tracing::warn!(client, export, "the client vanished in the middle of requests"),
-        Ok(end) => tracing::info!(client, export, ?end, "connection ended"),
+        Ok(End::Vanished) => tracing::warn!(client, export, "the client vanished with requests under way"),
+        Ok(end) => tracing::info!(client, export, ?end, "connection closed"),
         Err(ConnectionError::Protocol(error)) => {
             tracing::warn!(client, export, %error, "the client broke the protocol, connection closed");
         }

@@ -112,7 +112,7 @@ pub enum RepoError {
         matches: Vec<String>,
     },
     /// `REF~N` goes further back than the history.
-    #[error("{image}@{reference}: the history ends {depth} commits before it")]
+    #[error("{image}@{reference} is not there: the history goes back {depth} commits only")]
     NoAncestor {
         /// The image.
         image: String,
@@ -182,7 +182,7 @@ pub enum RepoError {
         why: &'static str,
     },
     /// A thread or its compressor could not be started.
-    #[error("the image writer can't {operation}")]
+    #[error("the image writer can't {operation}: {source}")]
     WriterSystem {
         /// What it tried.
         operation: &'static str,

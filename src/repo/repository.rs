@@ -274,7 +274,7 @@ impl Repository {
             id = *commit.parents.first().ok_or_else(|| RepoError::NoAncestor {
                 image: image.to_string(),
                 reference: reference.to_string(),
-                depth: reference.back() - depth,
+                depth,
             })?;
         }
         let branch = resolved.branch.filter(|_| reference.back() == 0);

@@ -116,7 +116,7 @@ pub enum StoreError {
         key: String,
     },
     /// Any other error of the operating system.
-    #[error("{store}: can't {operation} {path}", path = .path.display())]
+    #[error("{store}: can't {operation} {path}: {source}", path = .path.display())]
     Io {
         /// The store.
         store: String,

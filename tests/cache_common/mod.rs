@@ -88,3 +88,8 @@ pub fn first_slab(dir: &Path) -> std::path::PathBuf {
     names.sort();
     names.into_iter().next().expect("a slab")
 }
+
+/// Waits until the write queue has room for a chunk, so that it will be kept.
+pub async fn room(cache: &Cache, size: ChunkSize) {
+    drop(cache.room(ByteLen(size.len() as u64)).await);
+}

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use horcrux::format::{BlockSize, Filesystem, Timestamp};
+use horcrux::format::{BlockSize, Filesystem, FormatError, Timestamp};
 use horcrux::image::{
     CommitSink, FsKind, ImageError, ImageOptions, Progress, Summary, image_from_dir, image_from_file,
 };
 use horcrux::repo::{CommitMeta, Finished, ImageName, RepoError, Repository, WriterParams};
-use horcrux::store::{self, UrlError};
+use horcrux::store::{self, StoreError, UrlError};
 use horcrux::units::ByteLen;
 use serde::Serialize;
 
@@ -112,6 +112,13 @@ impl Error {
             Error::Image(ImageError::Unreadable { .. }) => {
                 Some("run as a user who may read them; nothing was stored".to_owned())
             }
+            Error::Repo(RepoError::Damaged { source: FormatError::Version { .. }, .. }) => {
+                Some("it was written by a newer Horcrux; use that one".to_owned())
+            }
+            Error::Repo(RepoError::Store(StoreError::NoSpace { .. })) => Some(
+                "free some space there and run it again: what was stored already is not stored twice"
+                    .to_owned(),
+            ),
             _ => None,
         }
     }

@@ -4,6 +4,7 @@
 //! after a clean stop, 1 when something failed, 2 for a wrong command line.
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+mod hint;
 mod serve;
 
 use std::process::ExitCode;
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
-            if let Some(hint) = error.hint() {
+            if let Some(hint) = hint::hint(&error) {
                 eprintln!("hint: {hint}");
             }
             ExitCode::FAILURE

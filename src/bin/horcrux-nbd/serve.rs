@@ -1,9 +1,11 @@
 //! `horcrux-nbd serve`: from the command line to a running server.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use horcrux::cache::{Cache, CacheError, CacheOptions};
 use horcrux::nbd::{Endpoint, Export, Listener, ServeError, Server, ServerOptions};
@@ -38,6 +40,9 @@ pub struct Args {
     /// Bytes of disk the cache may take
     #[arg(long, value_name = "SIZE", default_value = "16G")]
     cache_size: ByteLen,
+    /// Seconds a client has to choose an export, after which its connection is closed
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    handshake_limit: u64,
 }
 
 /// `NAME[@REF]`, where no REF is not the same as `@main`: it goes on with what the volume has.
@@ -76,28 +81,6 @@ pub enum Error {
     NotFlushed(usize),
 }
 
-impl Error {
-    /// What to do about it.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Error::Volume(VolumeError::StateDirInUse { .. }) => {
-                Some("serve more images from one server (--name can be repeated), or give this one its own --state-dir".to_owned())
-            }
-            Error::Volume(VolumeError::OtherBase { volume, .. }) => Some(format!(
-                "leave out @REF to go on with the volume's changes, or use another --state-dir for another version of {volume}"
-            )),
-            Error::Volume(VolumeError::OtherRepository { .. }) => {
-                Some("use another --state-dir for another repository".to_owned())
-            }
-            Error::Serve(ServeError::SocketInUse { .. }) => {
-                Some("stop that server, or listen elsewhere with --unix or --listen".to_owned())
-            }
-            Error::Url(_) | Error::Repo(_) | Error::Volume(_) | Error::Cache(_) | Error::Serve(_) => None,
-            Error::System(..) | Error::NoStateDir | Error::NotFlushed(_) => None,
-        }
-    }
-}
-
 /// Serves until SIGTERM or SIGINT.
 pub fn run(args: Args) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -110,7 +93,17 @@ pub fn run(args: Args) -> Result<(), Error> {
     result
 }
 
+/// Two volumes of one image would share a name and a delta.
+fn refuse_name_twice(names: &[Name]) -> Result<(), ServeError> {
+    let mut seen = BTreeSet::new();
+    match names.iter().find(|name| !seen.insert(&name.image)) {
+        Some(name) => Err(ServeError::NameTwice { name: name.image.to_string() }),
+        None => Ok(()),
+    }
+}
+
 async fn serve(args: Args) -> Result<(), Error> {
+    refuse_name_twice(&args.names)?;
     let stop = stop_on_signals()?;
     let state_dir = args.state_dir.or_else(default_state_dir).ok_or(Error::NoStateDir)?;
     let opening = move || StateDir::open(&state_dir);
@@ -135,7 +128,9 @@ async fn serve(args: Args) -> Result<(), Error> {
 
     let exports = volumes.iter().map(export).collect();
     announce(&volumes, &listeners).map_err(|error| Error::System("tell where it listens", error))?;
-    let server = Server::new(exports, listeners, ServerOptions::default())?;
+    let handshake_limit = Duration::from_secs(args.handshake_limit);
+    let options = ServerOptions { handshake_limit, ..ServerOptions::default() };
+    let server = Server::new(exports, listeners, options)?;
     let failed = server.run(stop).await;
     tracing::info!(cache = ?cache.stats(), "stopped");
     if failed > 0 { Err(Error::NotFlushed(failed)) } else { Ok(()) }
@@ -167,12 +162,12 @@ fn announce(volumes: &[Volume], listeners: &[Listener]) -> io::Result<()> {
                     let path = std::path::absolute(&path)?;
                     let path = path.display();
                     writeln!(out, "  nbd+unix:///{name}?socket={path}")?;
-                    writeln!(out, "  attach: nbd-client -unix {path} -N {name} /dev/nbd0 -b 4096")?;
+                    writeln!(out, "  attach: nbd-client -unix {path} -N {name} /dev/nbd0 -b 512")?;
                 }
                 Endpoint::Tcp(address) => {
                     writeln!(out, "  nbd://{address}/{name}")?;
                     let (ip, port) = (address.ip(), address.port());
-                    writeln!(out, "  attach: nbd-client {ip} {port} -N {name} /dev/nbd0 -b 4096")?;
+                    writeln!(out, "  attach: nbd-client {ip} {port} -N {name} /dev/nbd0 -b 512")?;
                 }
             }
         }
