@@ -224,7 +224,9 @@ impl Connection {
             Err(error) => return Err(error.into()),
         }
         let happened = asked[0].revents();
-        if happened.intersects(PollFlags::HUP | PollFlags::ERR) && !(wants_input && happened.contains(PollFlags::IN)) {
+        if happened.intersects(PollFlags::HUP | PollFlags::ERR)
+            && !(wants_input && happened.contains(PollFlags::IN))
+        {
             // Closed both ways: whatever is still to be done, nobody is left to be told. It would be told again at once, too.
             return Err(io::ErrorKind::ConnectionReset.into());
         }
