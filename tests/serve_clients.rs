@@ -637,12 +637,12 @@ fn two_tebibytes_are_trimmed_and_zeroed_in_a_moment() {
     for command in [Command::Trim, Command::WriteZeroes] {
         assert_eq!(client.call(command, 0, 2 << 40, NONE, &[]).unwrap().result, Ok(()));
     }
+    let took = started.elapsed();
     client.flush().unwrap();
     let status = client.call(Command::BlockStatus, 0, 2 << 40, NONE, &[]).unwrap();
     assert_eq!(status.extents[0].1.len(), 1);
     assert_eq!(client.read(1 << 40, 13).unwrap(), [0; 13]);
-    let took = started.elapsed();
-    assert!(took.as_secs_f64() < 2.0, "{took:?}");
+    assert!(took.as_secs_f64() < 1.0, "{took:?}");
     client.disconnect();
     server.stop();
 }

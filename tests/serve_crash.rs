@@ -6,6 +6,7 @@
 //! |---|---|
 //! | kill -9 in mid-write | `a_killed_server_loses_nothing_that_was_flushed_and_tears_no_page` |
 //! | kill -9 in mid-download | `a_server_killed_in_mid_download_never_serves_what_it_half_fetched` |
+//! | kill -9 while a version is stored, in mid-manifest | `an_image_maker_killed_at_any_time_leaves_the_version_before_or_the_new_one` |
 //! | a bit flip in the cache | `a_bit_flipped_in_the_cache_is_healed_and_counted` |
 //! | a delta paired with the wrong base | `a_delta_of_another_base_is_refused_by_name` |
 //! | FLUSH on one connection does not cover writes of another | the first one: its flushes come from a connection that never writes |
@@ -19,11 +20,11 @@ mod harness;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
-use std::process::Command as Program;
+use std::process::{Command as Program, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use harness::{Client, Image, PAGE, PATIENCE, Serve, Server, need, noise, run, seed, soak, until};
+use harness::{Client, Image, PAGE, PATIENCE, Serve, Server, cli, need, noise, run, seed, soak, until};
 use nbd_proto::{Command, CommandFlags, Errno};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -271,6 +272,35 @@ fn a_server_killed_in_mid_download_never_serves_what_it_half_fetched() {
 }
 
 #[test]
+fn an_image_maker_killed_at_any_time_leaves_the_version_before_or_the_new_one() {
+    let seed = seed();
+    let mut random = SmallRng::seed_from_u64(seed);
+    let image = Image::of(noise(seed, 8 * MIB));
+    let mut before = image.raw.clone();
+    let next = image.dir().join("next");
+    for round in 0..rounds() {
+        let raw = noise(random.random(), 8 * MIB);
+        fs::write(&next, &raw).unwrap();
+        let mut maker = cli();
+        maker.args(["image-from-file", "-s", "1M", "disk"]).arg(&next).arg(image.repo());
+        let mut maker = maker.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_micros(random.random_range(0..80_000)));
+        let _ = maker.kill();
+        maker.wait().unwrap();
+        let state = tempfile::tempdir().unwrap();
+        let server = Serve::new(&image.repo(), state.path()).name("disk").arg("--read-only").start();
+        let mut client = Client::open(&server, "disk");
+        let read = client.read(0, 8 * MIB).unwrap();
+        assert!(read == before || read == raw, "round {round}: neither the version before nor the new one");
+        client.disconnect();
+        server.stop();
+        before = read;
+    }
+    // And it can be made again, over whatever was left.
+    image.store("disk", &next);
+}
+
+#[test]
 fn a_bit_flipped_in_the_cache_is_healed_and_counted() {
     let image = Image::of(noise(5, 4 * MIB));
     let server = Serve::disk(&image).start();
@@ -319,10 +349,9 @@ fn sigterm_under_load_finishes_what_is_in_flight_and_flushes() {
         .collect();
     let mut idle = Client::open(&server, "disk");
     std::thread::sleep(Duration::from_millis(300));
-    let started = Instant::now();
     let status = server.terminate();
     assert!(status.success(), "{status}");
-    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+    assert!(!server.log().contains("did not end in time"), "within the grace");
     assert!(!socket.exists(), "its socket is gone with it");
     assert!(idle.call(Command::Read, 0, 1, NONE, &[]).is_err());
     let written: Vec<usize> = writers.into_iter().map(|writer| writer.join().unwrap()).collect();

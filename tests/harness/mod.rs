@@ -19,8 +19,8 @@ pub use image::{Image, PAGE, noise};
 pub use server::{Serve, Server};
 pub use tmpfs::Tmpfs;
 
-/// What a command may take unless a test says otherwise.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// What a command may take unless a test says otherwise: an fsync on a disk that others keep busy can take a minute.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(5);
 
 /// What a command printed, and how it ended.

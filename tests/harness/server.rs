@@ -186,7 +186,7 @@ impl Server {
     #[track_caller]
     pub fn terminate(&mut self) -> ExitStatus {
         self.signal(Signal::TERM);
-        self.ended(Duration::from_secs(30))
+        self.ended(PATIENCE)
     }
 
     /// Waits for its end.
