@@ -158,6 +158,10 @@ impl Layer {
         if replayed.torn {
             // Under a new generation the torn frames can never be read again, whatever is appended where they lie.
             log = Log::write_new(&*dir, log.next_header(), pages.records())?;
+        } else {
+            // A server that was killed may have left commits, or the log's name itself, in the kernel's memory alone. The slots
+            // they let go are used again from now on (rule 2), so they must not be undone by a power cut.
+            log.make_durable(&*dir)?;
         }
         // Slots past the last one named were taken by writes that were never flushed.
         let named_len = Slot(slots.len()).offset();
