@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use horcrux::delta::simulated::{Dice, SimulatedDisk};
-use horcrux::delta::{Delta, Identity, Layer, LayerId, Source, VolumeId};
+use horcrux::delta::{Delta, DeltaError, Identity, Layer, LayerId, Source, VolumeId};
 use horcrux::format::CommitId;
 use horcrux::units::{ByteLen, PAGE_SIZE, PageIndex};
 
@@ -63,4 +63,31 @@ fn a_commit_that_only_the_page_cache_has_is_made_durable_before_its_slots_are_us
         let found = read(&open(&disk), 0);
         assert!(found <= 1, "seed {seed}: page 0 reads as page 1 did");
     }
+}
+
+/// With the disk full, trims go on being acknowledged while no commit succeeds.
+#[test]
+fn records_that_no_commit_takes_are_bounded_however_often_a_flush_fails() {
+    let disk = SimulatedDisk::new();
+    let delta = create(disk.dir());
+    disk.limit_space(Some(0));
+    let mut refused = false;
+    for round in 0..200 {
+        for page in 0..50_000u64 {
+            // Every other page, so that no two records join.
+            match delta.zero(PageIndex((2 * page + round % 2) % 4096), 1) {
+                Ok(()) => {}
+                Err(DeltaError::Full { .. }) => refused = true,
+                Err(other) => panic!("{other}"),
+            }
+        }
+        if refused {
+            break;
+        }
+        assert!(matches!(delta.flush(), Err(DeltaError::Full { .. })), "round {round}");
+    }
+    assert!(refused, "10 million records were taken");
+    disk.limit_space(None);
+    delta.flush().unwrap();
+    delta.zero(PageIndex(0), 1).unwrap();
 }

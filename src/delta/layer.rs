@@ -60,6 +60,8 @@ struct Shared {
     pin: Arc<()>,
     /// Records since the last capture.
     pending: Vec<Record>,
+    /// How many the journal has that no commit has made durable yet.
+    captured: usize,
     /// Slots those records replaced.
     let_go: Vec<(Slot, u32)>,
 }
@@ -175,7 +177,13 @@ impl Layer {
         Layer {
             data,
             gate: RwLock::new(()),
-            shared: RwLock::new(Shared { pages, pin: Arc::new(()), pending: Vec::new(), let_go: Vec::new() }),
+            shared: RwLock::new(Shared {
+                pages,
+                pin: Arc::new(()),
+                pending: Vec::new(),
+                captured: 0,
+                let_go: Vec::new(),
+            }),
             slots: Mutex::new(slots),
             in_place: InPlace::new(),
             journal: Mutex::new(Journal {
@@ -332,6 +340,7 @@ impl Layer {
             self.slots.lock().seal_fresh();
             let snapshot = rewrite.then(|| shared.pages.clone());
             journal.retry.append(&mut shared.pending);
+            shared.captured = journal.retry.len();
             let let_go = std::mem::take(&mut shared.let_go);
             (std::mem::take(&mut shared.pin), let_go, snapshot)
         };
@@ -339,6 +348,7 @@ impl Layer {
         let committed = self.commit(&mut journal);
         if committed.is_ok() {
             journal.covered = covers;
+            self.shared.write().captured = 0;
             let let_go = std::mem::take(&mut journal.retry_let_go);
             journal.retired.push_back((pin, let_go));
         } else {
@@ -443,7 +453,8 @@ impl Layer {
 
     fn check_writable(&self) -> Result<(), DeltaError> {
         self.check_poison()?;
-        if self.shared.read().pending.len() > PENDING_HARD {
+        let shared = self.shared.read();
+        if shared.pending.len() + shared.captured > PENDING_HARD {
             // Only commits that keep failing for want of space get this far.
             return Err(DeltaError::Full { path: self.dir.describe(MAP_FILE) });
         }
