@@ -260,7 +260,6 @@ impl Layer {
             let at = PageIndex(first.0 + done);
             let place = self.place(at, total - done)?;
             let part = (done * PAGE_SIZE) as usize..((done + u64::from(place.pages)) * PAGE_SIZE) as usize;
-            self.data_dirty.store(true, Ordering::Release);
             let write = || self.data.write_at(&bytes[part], place.slot.offset());
             let written =
                 if place.named { self.in_place.write(place.slot, place.pages, write) } else { write() };
@@ -270,6 +269,8 @@ impl Layer {
                 }
                 return Err(self.data_failed("write", source));
             }
+            // After the bytes: set before, it could be cleared by the commit under way, whose sync they then miss.
+            self.data_dirty.store(true, Ordering::Release);
             if !place.named {
                 // After the bytes: a reader that finds the slot finds them in it.
                 let state = PageState::data(place.slot);
