@@ -1,17 +1,22 @@
-//! A volume in this process, in state directories that were cut short or tampered with.
+//! A volume and a server in this process, for what no client of others does: bursts, and state directories that were tampered with.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
 mod common;
 
+use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use horcrux::cache::{Cache, CacheOptions, MIN_LIMIT};
+use horcrux::nbd::{Endpoint, Export, Listener, Server, ServerOptions};
 use horcrux::repo::Repository;
 use horcrux::store::MemStore;
 use horcrux::volume::{Source, StateDir, Volume, VolumeError};
 use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
 
 fn repository(runtime: &Runtime) -> Repository {
     let repo = common::create(runtime, Arc::new(MemStore::new()));
@@ -64,4 +69,48 @@ fn a_volume_whose_making_was_cut_short_before_its_record_is_made_anew() {
     drop(volume(&runtime, &repo, state.path()).unwrap());
     std::fs::remove_file(state.path().join("volumes/A/volume.json")).unwrap();
     volume(&runtime, &repo, state.path()).unwrap();
+}
+
+/// Connects, chooses export `A` in the oldest way, and is in transmission.
+fn connect(socket: &Path) -> UnixStream {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let mut hello = [0; 18];
+    stream.read_exact(&mut hello).unwrap();
+    stream.write_all(&3u32.to_be_bytes()).unwrap();
+    stream.write_all(b"IHAVEOPT").unwrap();
+    stream.write_all(&1u32.to_be_bytes()).unwrap();
+    stream.write_all(&1u32.to_be_bytes()).unwrap();
+    stream.write_all(b"A").unwrap();
+    stream.read_exact(&mut [0; 10]).unwrap();
+    stream
+}
+
+/// More requests in one burst than are taken on at once: those that wait in the server's buffer must be gone on with when the others are
+/// done, though the client sends nothing more.
+#[test]
+fn a_burst_of_more_requests_than_are_taken_on_at_once_is_answered_to_the_last() {
+    let (runtime, state) = (common::runtime(), tempfile::tempdir().unwrap());
+    let repo = repository(&runtime);
+    let opened = volume(&runtime, &repo, state.path()).unwrap();
+    let socket = state.path().join("sock");
+    let stop = CancellationToken::new();
+    let running = runtime.block_on(async {
+        let listener = Listener::bind(&Endpoint::Unix(socket.clone())).unwrap();
+        let export = Arc::new(Export::new("A".into(), String::new(), opened.device().clone()));
+        let server = Server::new(vec![export], vec![listener], ServerOptions::default()).unwrap();
+        tokio::spawn(server.run(stop.clone()))
+    });
+    let mut stream = connect(&socket);
+    let mut flush = [0; 28];
+    flush[..4].copy_from_slice(&0x2560_9513u32.to_be_bytes());
+    flush[7] = 3;
+    const BURST: usize = 256 * 8 + 1;
+    let mut answers = vec![0; BURST * 16];
+    for round in 0..400 {
+        stream.write_all(&flush.repeat(BURST)).unwrap();
+        stream.read_exact(&mut answers).unwrap_or_else(|error| panic!("round {round}: {error}"));
+    }
+    stop.cancel();
+    assert_eq!(runtime.block_on(running).unwrap(), 0);
 }
