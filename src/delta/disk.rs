@@ -6,7 +6,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -59,7 +59,9 @@ impl OsDir {
 impl Dir for OsDir {
     fn create(&self, name: &str) -> io::Result<Box<dyn File>> {
         let mut options = fs::OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(true).open(self.path.join(name))?;
+        // What is in the image may be nobody else's to read, and here its owners and modes guard nothing.
+        options.read(true).write(true).create(true).truncate(true).mode(0o600);
+        let file = options.open(self.path.join(name))?;
         Ok(Box::new(OsFile::new(file)))
     }
 
@@ -77,7 +79,7 @@ impl Dir for OsDir {
     }
 
     fn sync(&self) -> io::Result<()> {
-        fs::File::open(&self.path)?.sync_all()
+        crate::durable::sync_dir(&self.path)
     }
 
     fn describe(&self, name: &str) -> PathBuf {

@@ -60,6 +60,8 @@ struct Shared {
     pin: Arc<()>,
     /// Records since the last capture.
     pending: Vec<Record>,
+    /// How many the journal has that no commit has made durable yet.
+    captured: usize,
     /// Slots those records replaced.
     let_go: Vec<(Slot, u32)>,
 }
@@ -158,6 +160,10 @@ impl Layer {
         if replayed.torn {
             // Under a new generation the torn frames can never be read again, whatever is appended where they lie.
             log = Log::write_new(&*dir, log.next_header(), pages.records())?;
+        } else {
+            // A server that was killed may have left commits, or the log's name itself, in the kernel's memory alone. The slots
+            // they let go are used again from now on (rule 2), so they must not be undone by a power cut.
+            log.make_durable(&*dir)?;
         }
         // Slots past the last one named were taken by writes that were never flushed.
         let named_len = Slot(slots.len()).offset();
@@ -171,7 +177,13 @@ impl Layer {
         Layer {
             data,
             gate: RwLock::new(()),
-            shared: RwLock::new(Shared { pages, pin: Arc::new(()), pending: Vec::new(), let_go: Vec::new() }),
+            shared: RwLock::new(Shared {
+                pages,
+                pin: Arc::new(()),
+                pending: Vec::new(),
+                captured: 0,
+                let_go: Vec::new(),
+            }),
             slots: Mutex::new(slots),
             in_place: InPlace::new(),
             journal: Mutex::new(Journal {
@@ -248,7 +260,6 @@ impl Layer {
             let at = PageIndex(first.0 + done);
             let place = self.place(at, total - done)?;
             let part = (done * PAGE_SIZE) as usize..((done + u64::from(place.pages)) * PAGE_SIZE) as usize;
-            self.data_dirty.store(true, Ordering::Release);
             let write = || self.data.write_at(&bytes[part], place.slot.offset());
             let written =
                 if place.named { self.in_place.write(place.slot, place.pages, write) } else { write() };
@@ -258,6 +269,8 @@ impl Layer {
                 }
                 return Err(self.data_failed("write", source));
             }
+            // After the bytes: set before, it could be cleared by the commit under way, whose sync they then miss.
+            self.data_dirty.store(true, Ordering::Release);
             if !place.named {
                 // After the bytes: a reader that finds the slot finds them in it.
                 let state = PageState::data(place.slot);
@@ -328,6 +341,7 @@ impl Layer {
             self.slots.lock().seal_fresh();
             let snapshot = rewrite.then(|| shared.pages.clone());
             journal.retry.append(&mut shared.pending);
+            shared.captured = journal.retry.len();
             let let_go = std::mem::take(&mut shared.let_go);
             (std::mem::take(&mut shared.pin), let_go, snapshot)
         };
@@ -335,6 +349,7 @@ impl Layer {
         let committed = self.commit(&mut journal);
         if committed.is_ok() {
             journal.covered = covers;
+            self.shared.write().captured = 0;
             let let_go = std::mem::take(&mut journal.retry_let_go);
             journal.retired.push_back((pin, let_go));
         } else {
@@ -439,7 +454,8 @@ impl Layer {
 
     fn check_writable(&self) -> Result<(), DeltaError> {
         self.check_poison()?;
-        if self.shared.read().pending.len() > PENDING_HARD {
+        let shared = self.shared.read();
+        if shared.pending.len() + shared.captured > PENDING_HARD {
             // Only commits that keep failing for want of space get this far.
             return Err(DeltaError::Full { path: self.dir.describe(MAP_FILE) });
         }

@@ -184,6 +184,13 @@ impl Log {
         Ok(())
     }
 
+    /// Makes what was found by a replay durable, and the log's name.
+    pub fn make_durable(&self, dir: &dyn Dir) -> Result<(), DeltaError> {
+        let failed = |action| move |source| DeltaError::io(action, dir.describe(MAP_FILE), source);
+        self.file.sync().map_err(failed("sync"))?;
+        dir.sync().map_err(failed("sync the directory of"))
+    }
+
     /// Length of the log in bytes.
     pub fn len(&self) -> u64 {
         self.end

@@ -15,5 +15,5 @@ mod stack;
 
 pub use crate::format::delta::{LayerId, Slot, VolumeId};
 pub use error::DeltaError;
-pub use layer::{Identity, Layer, Pin};
+pub use layer::{DATA_FILE, Identity, Layer, Pin};
 pub use stack::{Delta, Run, Source};

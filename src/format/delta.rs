@@ -19,8 +19,9 @@ pub const FRAME_HEAD_LEN: usize = 24;
 pub const FRAME_TAIL_LEN: usize = 8;
 /// Bytes of a record.
 pub const RECORD_LEN: usize = 16;
-/// Slots a layer can have: two values of the 32-bit field mean base and zero.
-pub const MAX_SLOTS: u32 = u32::MAX - 1;
+/// Slots a layer can have: two values of the 32-bit field mean base and zero, and a run may be stepped one past its last slot
+/// without wrapping to them.
+pub const MAX_SLOTS: u32 = u32::MAX - 2;
 
 const MAP_MAGIC: &[u8; 8] = b"HCXDELTA";
 const DATA_MAGIC: &[u8; 8] = b"HCXPAGES";
@@ -367,6 +368,14 @@ mod tests {
             MapHeader::decode(&bytes).unwrap_err().to_string(),
             "delta map version 9, this build reads 1..=1"
         );
+    }
+
+    #[test]
+    fn the_page_after_the_last_slot_is_not_taken_for_base() {
+        let last = PageState::data(Slot(MAX_SLOTS - 1));
+        assert!(matches!(last.step(1).kind(), PageKind::Data(_)));
+        let two = Record { first: PageIndex(0), pages: 2, state: last };
+        assert!(!two.fits(10), "there is no such slot");
     }
 
     #[test]

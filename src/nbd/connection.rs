@@ -153,6 +153,7 @@ impl Connection {
                 let _ = self.send();
                 return Err(error.into());
             }
+            let held_up = !self.has_room();
             self.finished.take(&mut finished);
             for Finished { request, outcome } in finished.drain(..) {
                 self.in_flight -= 1;
@@ -175,6 +176,10 @@ impl Connection {
                 return Ok(end);
             }
             let wants_input = end.is_none() && self.has_room();
+            if held_up && wants_input {
+                // What the client sent before may be waiting in `input`, and the client for its answer.
+                continue;
+            }
             match self.wait(wants_input) {
                 Ok(true) => {}
                 // A stop shuts the socket for reading; that is not the client.

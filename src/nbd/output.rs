@@ -147,6 +147,10 @@ impl Output {
             self.buffer.clear();
             self.buffer.shrink_to(KEEP_CAPACITY);
             self.sent = 0;
+        } else if self.sent >= KEEP_CAPACITY && self.sent >= self.buffer.len() / 2 {
+            // A client that keeps its window full never lets us run dry. No more moves than was sent since the last time.
+            self.buffer.drain(..self.sent);
+            self.sent = 0;
         }
     }
 }
@@ -155,6 +159,24 @@ impl Output {
 mod tests {
     use super::*;
     use crate::units::ByteLen;
+
+    #[test]
+    fn a_client_that_never_lets_it_run_dry_costs_no_more_memory_than_what_waits() {
+        let mut output = Output::default();
+        let (mut put, mut got) = (0u64, 0u64);
+        for _ in 0..20_000 {
+            while output.pending() <= 64 << 10 {
+                output.append(|buffer| buffer.extend_from_slice(&put.to_le_bytes().repeat(512)));
+                put += 1;
+            }
+            let mut slices: [IoSlice<'_>; MAX_SLICES] = std::array::from_fn(|_| IoSlice::new(&[]));
+            assert!(output.slices(&mut slices) > 0);
+            assert_eq!(slices[0][..8], got.to_le_bytes());
+            output.advance(4096);
+            got += 1;
+        }
+        assert!(output.buffer.capacity() <= 8 * KEEP_CAPACITY, "{} bytes", output.buffer.capacity());
+    }
 
     #[test]
     fn bytes_leave_in_order_however_the_kernel_takes_them() {

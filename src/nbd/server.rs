@@ -12,6 +12,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::device::DeviceError;
+
 use super::connection::{self, ConnectionError, End};
 use super::error::ServeError;
 use super::export::Export;
@@ -95,7 +97,8 @@ impl Server {
         for export in self.exports.values() {
             let flushing = export.clone();
             let flushed = tokio::task::spawn_blocking(move || flushing.device().flush()).await;
-            if let Ok(Err(error)) = flushed {
+            // One that panicked flushed nothing either.
+            if let Err(error) = flushed.unwrap_or(Err(DeviceError::Stopped)) {
                 tracing::error!(export = export.name(), %error, "the last flush failed");
                 failed += 1;
             }

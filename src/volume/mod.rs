@@ -125,7 +125,9 @@ fn open_delta(
     is_new: bool,
 ) -> Result<(FileLock, Delta), VolumeError> {
     let io = |action| move |source| VolumeError::Io { action, path: dir.to_owned(), source };
-    crate::durable::create_dirs(dir, &mut Path::is_dir).map_err(io("make the directory"))?;
+    // Each name is synced, made now or by a server that was killed before it came to it; so is the record's.
+    let volumes = crate::durable::parent_of(dir);
+    crate::durable::create_dirs(dir, &mut |dir| dir == volumes).map_err(io("make the directory"))?;
     let lock = FileLock::take(&dir.join("lock"))
         .map_err(|source| VolumeError::Locked { volume: name.to_owned(), source })?;
     let identity = Identity {
@@ -136,17 +138,37 @@ fn open_delta(
     let layer_dir = |layer: &str| dir.join("layers").join(layer);
     let layers = if is_new {
         let path = layer_dir(&record.layers[0]);
-        crate::durable::create_dirs(&path, &mut Path::is_dir).map_err(io("make the directory"))?;
+        refuse_orphan(dir, &path)?;
+        crate::durable::create_dirs(&path, &mut |path| path == dir).map_err(io("make the directory"))?;
         let layer = Layer::create(Box::new(OsDir::new(&path)), &identity, LayerId(random_id()))?;
         // The layer first: a record must never name one that is not there.
         record.store(dir)?;
         vec![Arc::new(layer)]
     } else {
+        crate::durable::sync_dir(dir).map_err(io("sync"))?;
         let open =
             |layer: &String| Layer::open(Box::new(OsDir::new(&layer_dir(layer))), &identity).map(Arc::new);
         record.layers.iter().map(open).collect::<Result<Vec<_>, _>>()?
     };
     Ok((lock, Delta::new(layers)))
+}
+
+/// A layer without a record is one whose making was cut short, and is made anew; but it must be empty, else it is somebody's.
+fn refuse_orphan(dir: &Path, layer: &Path) -> Result<(), VolumeError> {
+    let data = layer.join(crate::delta::DATA_FILE);
+    match std::fs::metadata(&data) {
+        Ok(metadata) if metadata.len() > PAGE_SIZE => Err(VolumeError::Record {
+            path: dir.join(RECORD_FILE),
+            problem: format!(
+                "it is missing, and {} holds writes; put the record back, or move the directory away to begin anew",
+                data.display()
+            ),
+        }),
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(VolumeError::Io { action: "look at", path: data, source })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// 16 random bytes.

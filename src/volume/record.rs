@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::format::commit::MAX_DEVICE_SIZE;
 use crate::format::{CommitId, ids};
 use crate::repo::{Reference, Repository};
 use crate::units::ByteLen;
@@ -170,6 +171,9 @@ impl VolumeRecord {
         if json.layers.is_empty() || !json.layers.iter().all(is_layer_name) {
             return Err(format!("layers can't be {:?}", json.layers));
         }
+        if json.size > MAX_DEVICE_SIZE.0 {
+            return Err(format!("size can't be {}: a device has at most {MAX_DEVICE_SIZE} bytes", json.size));
+        }
         Ok(VolumeRecord {
             id: ids::parse_hex(&json.id).ok_or_else(|| format!("id can't be {:?}", json.id))?,
             access: json.access,
@@ -215,5 +219,7 @@ mod tests {
         );
         assert!(VolumeRecord::decode(&text.as_bytes()[..text.len() / 2]).is_err());
         assert!(VolumeRecord::decode(text.replace("0002", "../x").as_bytes()).is_err());
+        let huge = text.replace(&(1u64 << 30).to_string(), &u64::MAX.to_string());
+        assert!(VolumeRecord::decode(huge.as_bytes()).unwrap_err().starts_with("size can't be"));
     }
 }

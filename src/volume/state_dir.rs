@@ -19,14 +19,16 @@ impl StateDir {
     /// Takes the state directory at `root`, making it if need be. Blocks on the disk.
     pub fn open(root: &Path) -> Result<StateDir, VolumeError> {
         let io = |action| move |source| VolumeError::Io { action, path: root.to_owned(), source };
-        crate::durable::create_dirs(root, &mut Path::is_dir).map_err(io("make the state directory"))?;
+        // Names that are there are synced all the same: a server that was killed may not have come to it.
+        crate::durable::create_dirs(root, &mut |dir| dir != root && dir.is_dir())
+            .map_err(io("make the state directory"))?;
         let lock = FileLock::take(&root.join("lock")).map_err(|error| match error {
             LockError::InUse { holder } => VolumeError::StateDirInUse { dir: root.to_owned(), holder },
             LockError::Io(source) => io("lock")(source),
         })?;
         let state = StateDir { root: root.to_owned(), _lock: lock };
         for dir in [state.run_dir(), state.cache_dir(), root.join("volumes")] {
-            crate::durable::create_dirs(&dir, &mut Path::is_dir).map_err(io("make directories in"))?;
+            crate::durable::create_dirs(&dir, &mut |dir| dir == root).map_err(io("make directories in"))?;
         }
         Ok(state)
     }

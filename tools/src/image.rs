@@ -2,6 +2,7 @@
 //!
 //! Enters: a directory or a raw image. Leaves: a commit in a repository, and a summary.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -11,6 +12,7 @@ use horcrux::image::{
     CommitSink, FsKind, ImageError, ImageOptions, Progress, Summary, image_from_dir, image_from_file,
 };
 use horcrux::repo::{CommitMeta, Finished, ImageName, RepoError, Repository, WriterParams};
+use horcrux::store::url::RepositoryUrl;
 use horcrux::store::{self, StoreError, UrlError};
 use horcrux::units::ByteLen;
 use serde::Serialize;
@@ -86,6 +88,8 @@ pub enum Error {
     Repo(#[from] RepoError),
     #[error("{0}")]
     Image(ImageError),
+    #[error("the repository {} lies inside {}, the directory to make an image of", repo.display(), dir.display())]
+    RepoInside { repo: PathBuf, dir: PathBuf },
     #[error("can't start: {0}")]
     Runtime(std::io::Error),
     #[error("can't print the summary: {0}")]
@@ -119,24 +123,33 @@ impl Error {
                 "free some space there and run it again: what was stored already is not stored twice"
                     .to_owned(),
             ),
+            Error::RepoInside { .. } => Some("choose a place outside of it; nothing was made".to_owned()),
             _ => None,
         }
     }
 }
 
+/// Whether `path`, of which only the first directories may be there yet, lies in `dir` or is it.
+fn lies_inside(path: &Path, dir: &Path) -> bool {
+    let (Ok(dir), Ok(path)) = (dir.canonicalize(), std::path::absolute(path)) else { return false };
+    path.ancestors().find_map(|above| above.canonicalize().ok()).is_some_and(|above| above.starts_with(dir))
+}
+
 impl FromDir {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
+        // Before anything is made there: an image must not hold the repository that grows while it is read.
+        let RepositoryUrl::Dir(repo) = self.repo.parse()?;
+        if lies_inside(&repo, &self.in_dir) {
+            return Err(Error::RepoInside { repo, dir: self.in_dir });
+        }
         let fs = if self.fs == "xfs" { FsKind::Xfs } else { FsKind::Ext4 };
         let options = ImageOptions {
             fs,
             size: self.size,
             keep_atime: self.keep_atime,
-            forbidden: Path::new(&self.repo)
-                .is_dir()
-                .then(|| PathBuf::from(&self.repo))
-                .into_iter()
-                .collect(),
+            // Mounted there under another name, it is found by what it is.
+            forbidden: repo.is_dir().then_some(repo).into_iter().collect(),
             ..ImageOptions::new(self.name.to_string(), self.scratch_dir.unwrap_or_else(std::env::temp_dir))
         };
         let source = self.in_dir.display().to_string();
@@ -190,7 +203,7 @@ fn store_image(
     if common.json {
         report.print_json()?
     } else {
-        report.print(&summary)
+        report.print(&summary)?
     }
     Ok(())
 }
@@ -256,29 +269,48 @@ impl Report {
     }
 
     fn print_json(&self) -> Result<(), std::io::Error> {
-        serde_json::to_writer_pretty(std::io::stdout().lock(), self)?;
-        println!();
-        Ok(())
+        let mut out = std::io::stdout().lock();
+        serde_json::to_writer_pretty(&mut out, self)?;
+        writeln!(out)
     }
 
-    fn print(&self, summary: &Summary) {
+    fn print(&self, summary: &Summary) -> Result<(), std::io::Error> {
+        let mut out = std::io::stdout().lock();
         for note in &self.notes {
             eprintln!("note: {note}");
         }
         let verb = if self.unchanged { "unchanged, still" } else { "stored as" };
-        println!("{}: {verb} {}", self.image, self.commit);
-        println!("  disk          {} ({})", summary.device_size.human(), self.filesystem);
+        writeln!(out, "{}: {verb} {}", self.image, self.commit)?;
+        writeln!(out, "  disk          {} ({})", summary.device_size.human(), self.filesystem)?;
         if summary.dirs > 0 {
-            println!("  files         {} in {} directories", self.files, self.directories);
+            writeln!(out, "  files         {} in {} directories", self.files, self.directories)?;
         }
         let rate = ByteLen((self.read_bytes as f64 / self.seconds.max(0.001)) as u64);
-        println!(
+        writeln!(
+            out,
             "  read          {} in {:.1} s ({}/s)",
             summary.bytes_read.human(),
             self.seconds,
             rate.human()
-        );
-        println!("  stored        {}", ByteLen(self.stored_bytes).human());
-        println!("  deduplicated  {}", ByteLen(self.deduplicated_bytes).human());
+        )?;
+        writeln!(out, "  stored        {}", ByteLen(self.stored_bytes).human())?;
+        writeln!(out, "  deduplicated  {}", ByteLen(self.deduplicated_bytes).human())?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_repository_that_is_not_there_yet_is_seen_to_lie_inside() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR"));
+        for inside in [dir.to_owned(), dir.join("src"), dir.join("none/repo"), dir.join("../tools/none")] {
+            assert!(lies_inside(&inside, dir), "{}", inside.display());
+        }
+        for outside in [dir.join("../none"), dir.join("../tools-repo"), PathBuf::from("/none/repo")] {
+            assert!(!lies_inside(&outside, dir), "{}", outside.display());
+        }
     }
 }
