@@ -139,9 +139,15 @@ impl FromDir {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
         // Before anything is made there: an image must not hold the repository that grows while it is read.
-        let RepositoryUrl::Dir(repo) = self.repo.parse()?;
-        if lies_inside(&repo, &self.in_dir) {
-            return Err(Error::RepoInside { repo, dir: self.in_dir });
+        let repo = match self.repo.parse()? {
+            RepositoryUrl::Dir(path) => Some(path),
+            // Elsewhere, so not in the directory.
+            _ => None,
+        };
+        if let Some(repo) = &repo
+            && lies_inside(repo, &self.in_dir)
+        {
+            return Err(Error::RepoInside { repo: repo.clone(), dir: self.in_dir });
         }
         let fs = if self.fs == "xfs" { FsKind::Xfs } else { FsKind::Ext4 };
         let options = ImageOptions {
@@ -149,7 +155,7 @@ impl FromDir {
             size: self.size,
             keep_atime: self.keep_atime,
             // Mounted there under another name, it is found by what it is.
-            forbidden: repo.is_dir().then_some(repo).into_iter().collect(),
+            forbidden: repo.filter(|path| path.is_dir()).into_iter().collect(),
             ..ImageOptions::new(self.name.to_string(), self.scratch_dir.unwrap_or_else(std::env::temp_dir))
         };
         let source = self.in_dir.display().to_string();
