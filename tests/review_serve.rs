@@ -95,12 +95,13 @@ fn a_burst_of_more_requests_than_are_taken_on_at_once_is_answered_to_the_last() 
     let opened = volume(&runtime, &repo, state.path()).unwrap();
     let socket = state.path().join("sock");
     let stop = CancellationToken::new();
-    let running = runtime.block_on(async {
-        let listener = Listener::bind(&Endpoint::Unix(socket.clone())).unwrap();
-        let export = Arc::new(Export::new("A".into(), String::new(), opened.device().clone()));
-        let server = Server::new(vec![export], vec![listener], ServerOptions::default()).unwrap();
-        tokio::spawn(server.run(stop.clone()))
-    });
+    // Listening needs the runtime's own poller.
+    let entered = runtime.enter();
+    let listener = Listener::bind(&Endpoint::Unix(socket.clone())).unwrap();
+    drop(entered);
+    let export = Arc::new(Export::new("A".into(), String::new(), opened.device().clone()));
+    let server = Server::new(vec![export], vec![listener], ServerOptions::default()).unwrap();
+    let running = runtime.spawn(server.run(stop.clone()));
     let mut stream = connect(&socket);
     let mut flush = [0; 28];
     flush[..4].copy_from_slice(&0x2560_9513u32.to_be_bytes());
