@@ -164,6 +164,7 @@ def measure(args, work):
         sys.exit(f"compare: no {unknown!r}; servers: {', '.join(rig.starts)}; jobs: {', '.join(JOBS)}")
     figures = {server: {job: [] for job in jobs} for server in servers}
     peak = {server: 0 for server in servers}
+    anonymous = {server: 0 for server in servers}
     for round_number in range(args.rounds):
         # In turns, and each round begins with another: a drifting machine hits all alike. All are up, one is busy.
         turn = round_number % len(servers)
@@ -180,7 +181,8 @@ def measure(args, work):
                     f"{name} {figures[name][job][-1]:.1f}" for name in servers))
             for name in order:
                 peak[name] = max(peak[name], up[name].peak_rss_mib())
-    report(args, facts, servers, jobs, figures, peak)
+                anonymous[name] = max(anonymous[name], up[name].anonymous_mib())
+    report(args, facts, servers, jobs, figures, peak, anonymous)
     if "horcrux-nbd" in servers:
         pages, lost = rig.kept()
         print(f"\nAfter FLUSH and kill -9 of horcrux-nbd, {pages - lost} of {pages} random pages were there again.")
@@ -188,18 +190,18 @@ def measure(args, work):
             sys.exit(1)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"facts": facts, "figures": figures, "peak_rss_mib": peak}, file, indent=1)
+            json.dump({"facts": facts, "figures": figures, "peak_rss_mib": peak, "anonymous_mib": anonymous}, file, indent=1)
 
 
-def report(args, facts, servers, jobs, figures, peak):
+def report(args, facts, servers, jobs, figures, peak, anonymous):
     print("```")
     print(f"benches/compare.sh --rounds {args.rounds} --seconds {args.seconds} --size-mib {args.size_mib}")
     print("\n".join(facts))
     print("```")
     print(f"\nMedian of {args.rounds} (range). 4k: thousands of IOPS; 1M: MB/s. One connection, Unix socket.\n")
-    harness.table(["server", *jobs, "peak RSS"], [
+    harness.table(["server", *jobs, "peak RSS, MiB", "anonymous at the end, MiB"], [
         [name, *(harness.spread(figures[name][job], "{:.0f}" if "1M" in job else "{:.1f}") for job in jobs),
-         f"{peak[name]:.0f} MiB"]
+         f"{peak[name]:.0f}", f"{anonymous[name]:.0f}"]
         for name in servers
     ])
     for against in (BASELINE, "nbdkit file", CEILING):

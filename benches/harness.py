@@ -65,6 +65,10 @@ class Server:
     def peak_rss_mib(self):
         return int(self.proc("status")["VmHWM"].split()[0]) / 1024
 
+    def anonymous_mib(self):
+        """Its own memory now, without the pages of mapped files that the kernel can take back at any time."""
+        return int(self.proc("status")["RssAnon"].split()[0]) / 1024
+
     def read_bytes(self):
         """What read(2) and its kin returned to it: the repository's objects, and its libraries and /proc besides."""
         return int(self.proc("io")["rchar"])
