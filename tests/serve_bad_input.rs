@@ -469,7 +469,9 @@ fn a_state_dir_that_can_t_be_made_is_named() {
         format!("error: can't make the state directory {}: Not a directory (os error 20)\n", state.display())
     );
     if need_root("to be somebody else") && need(&["setpriv"]) {
-        let told = image_refused(&["A"], image.dir(), &state);
+        let source = image.dir().join("source");
+        fs::create_dir(&source).unwrap();
+        let told = image_refused(&["A"], &source, &state);
         assert!(told.contains("Not a directory"), "the cause is told: {told}");
     }
 }

@@ -83,6 +83,8 @@ pub struct ImageOptions {
     pub fs: FsKind,
     /// The device's size, rounded up to 4096; `None`: data and metadata, a quarter more, and 64 MiB.
     pub size: Option<ByteLen>,
+    /// Where no size is given: the device is not made smaller than this, so that the next version of an image does not shrink.
+    pub at_least: ByteLen,
     /// What UUID and hash seed are derived from.
     pub image_name: String,
     /// Store access times. Then the same directory gives other bytes once it was read.
@@ -99,6 +101,7 @@ impl ImageOptions {
         ImageOptions {
             fs: FsKind::Ext4,
             size: None,
+            at_least: ByteLen(0),
             image_name: image_name.into(),
             keep_atime: false,
             scratch_dir: scratch_dir.into(),
@@ -162,7 +165,14 @@ fn ext4_from_scan(
 ) -> Result<ByteLen, ImageError> {
     ext4::check(&scan.tree, options, notes)?;
     let demand = geometry::Demand::of(&scan.tree);
-    let plan = geometry::plan(demand, options.size).map_err(|none| match none {
+    let fits = geometry::plan(demand, options.size);
+    let plan = match fits {
+        Ok(plan) if options.size.is_none() && plan.device < options.at_least => {
+            geometry::plan(demand, Some(options.at_least))
+        }
+        other => other,
+    };
+    let plan = plan.map_err(|none| match none {
         NoPlan::Needs(needed) => ImageError::TooBig { needed, given: options.size.unwrap_or_default() },
         NoPlan::TooMuch => ImageError::TooMuch { fs: "ext4" },
     })?;

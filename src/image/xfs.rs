@@ -55,7 +55,7 @@ pub(crate) fn emit(
     let dir = &options.scratch_dir;
     let wanted = default_size(&scan.tree);
     let device = match options.size {
-        None => wanted,
+        None => wanted.max(options.at_least),
         Some(size) => {
             let rounded = size.value().checked_next_multiple_of(BLOCK);
             ByteLen(rounded.ok_or(ImageError::TooMuch { fs: "XFS" })?)

@@ -11,7 +11,9 @@ use horcrux::format::{BlockSize, Filesystem, FormatError, Timestamp};
 use horcrux::image::{
     CommitSink, FsKind, ImageError, ImageOptions, Progress, Summary, image_from_dir, image_from_file,
 };
-use horcrux::repo::{CommitMeta, Finished, ImageName, RepoError, Repository, WriterParams};
+use horcrux::repo::{
+    BranchName, CommitMeta, Finished, ImageName, MetaCache, NoMetaCache, RepoError, Repository, WriterParams,
+};
 use horcrux::store::url::RepositoryUrl;
 use horcrux::store::{self, StoreError, UrlError};
 use horcrux::units::ByteLen;
@@ -44,7 +46,7 @@ pub struct FromDir {
     /// Filesystem of the image; xfs needs root
     #[arg(long, default_value = "ext4", value_parser = ["ext4", "xfs"])]
     fs: String,
-    /// Size of the disk; may be far more than the data takes [default: the data, a quarter more and 64M]
+    /// Size of the disk; may be far more than the data takes [default: the last version's, at least the data, a quarter more and 64M]
     #[arg(long, value_name = "SIZE")]
     size: Option<ByteLen>,
     /// Keep access times too (reading the directory changes them, and with them the next image)
@@ -159,7 +161,8 @@ impl FromDir {
             ..ImageOptions::new(self.name.to_string(), self.scratch_dir.unwrap_or_else(std::env::temp_dir))
         };
         let source = self.in_dir.display().to_string();
-        store_image(&self.common, &self.name, &self.repo, &source, |sink, progress| {
+        store_image(&self.common, &self.name, &self.repo, &source, |at_least, sink, progress| {
+            let options = ImageOptions { at_least, ..options };
             image_from_dir(&self.in_dir, &options, sink, progress)
         })
     }
@@ -169,7 +172,7 @@ impl FromFile {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
         let source = self.file.display().to_string();
-        store_image(&self.common, &self.name, &self.repo, &source, |sink, progress| {
+        store_image(&self.common, &self.name, &self.repo, &source, |_, sink, progress| {
             image_from_file(&self.file, sink, progress)
         })
     }
@@ -180,7 +183,7 @@ fn store_image(
     name: &ImageName,
     repo: &str,
     source: &str,
-    make: impl FnOnce(&mut CommitSink, &Progress) -> Result<Summary, ImageError>,
+    make: impl FnOnce(ByteLen, &mut CommitSink, &Progress) -> Result<Summary, ImageError>,
 ) -> Result<(), Error> {
     let started = Instant::now();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
@@ -188,12 +191,13 @@ fn store_image(
     let id = *uuid::Uuid::new_v4().as_bytes();
     let repository = runtime.block_on(Repository::open_or_create(store, id))?;
     let params = WriterParams { block_size: common.block_size, ..WriterParams::new(ByteLen(0)) };
+    let previous = runtime.block_on(previous_size(&repository, name))?;
     let mut sink = CommitSink::new(runtime.handle().clone(), repository, name.clone(), params);
 
     let progress = Arc::new(Progress::new());
     let bar = Bar::follow(progress.clone());
     cancel_on_interrupt(&runtime, progress.clone());
-    let summary = make(&mut sink, &progress)?;
+    let summary = make(previous, &mut sink, &progress)?;
     let finished = sink.finish(CommitMeta {
         filesystem: match summary.fs {
             Some(FsKind::Ext4) => Filesystem::Ext4,
@@ -212,6 +216,13 @@ fn store_image(
         report.print(&summary)?
     }
     Ok(())
+}
+
+/// The size of the version this one follows; 0 where there is none.
+async fn previous_size(repository: &Repository, image: &ImageName) -> Result<ByteLen, RepoError> {
+    let Some(tip) = repository.branch(image, &BranchName::default()).await? else { return Ok(ByteLen(0)) };
+    let no_cache: Arc<dyn MetaCache> = Arc::new(NoMetaCache);
+    Ok(repository.commit(image, tip.commit, &no_cache).await?.size)
 }
 
 /// The first Ctrl-C lets the image put away what it made (mounts, scratch files); the second ends at once.

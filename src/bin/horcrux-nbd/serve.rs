@@ -132,7 +132,9 @@ async fn serve(args: Args) -> Result<(), Error> {
     let options = ServerOptions { handshake_limit, ..ServerOptions::default() };
     let server = Server::new(exports, listeners, options)?;
     let failed = server.run(stop).await;
-    tracing::info!(cache = ?cache.stats(), "stopped");
+    let stats = cache.stats();
+    let (hits, misses, fetched, healed) = (stats.hits, stats.misses, stats.fetched.0, stats.healed);
+    tracing::info!(hits, misses, fetched_bytes = fetched, healed, cached_bytes = stats.used.0, "stopped");
     if failed > 0 { Err(Error::NotFlushed(failed)) } else { Ok(()) }
 }
 
