@@ -85,22 +85,32 @@ fn parallel_writes_to_parts_of_one_page_lose_nothing() {
     const PART: u64 = 160;
     let world = World::new(BLOCK);
     world.slow(Duration::from_millis(20));
-    let device = world.device(SimulatedDisk::new().dir());
+    // Each reads the page, changes it and writes it back: the slower the reads, the more of them at once.
+    let device = world.device(Box::new(SlowReads(SimulatedDisk::new().dir())));
     // On a page border, so that some parts lie in two pages; nothing of it is here yet.
     let first = 5 * PAGE - WRITERS / 2 * PART - 3;
+    let all = std::sync::Barrier::new(WRITERS as usize);
     let write_part = async |device: &Arc<Device>, writer: u64, round: u8| {
         let bytes = [round ^ writer as u8; PART as usize];
-        write(device, &Fence::new(), first + writer * PART, &bytes).await.unwrap();
-        let found = read(device, first + writer * PART, PART).await;
+        let (fence, at) = (Fence::new(), first + writer * PART);
+        if round < 50 {
+            write(device, &fence, at, &bytes).await.unwrap();
+        } else {
+            // Those who wait would keep each other waiting, and nothing would be done at once.
+            while device.write_now(&fence, ByteOffset(at), &bytes).unwrap() == Now::Wait {
+                std::thread::yield_now();
+            }
+        }
+        let found = read(device, at, PART).await;
         assert!(found == bytes, "writer {writer} does not read its own write of round {round}");
     };
     std::thread::scope(|scope| {
         for writer in 0..WRITERS {
-            let (device, world, write_part) = (device.clone(), &world, &write_part);
+            let (device, world, write_part, all) = (device.clone(), &world, &write_part, &all);
             scope.spawn(move || {
-                for round in 0..100 {
-                    world.runtime.block_on(write_part(&device, writer, round));
-                }
+                (0..50).for_each(|round| world.runtime.block_on(write_part(&device, writer, round)));
+                all.wait();
+                (50..100).for_each(|round| world.runtime.block_on(write_part(&device, writer, round)));
             });
         }
     });

@@ -55,21 +55,23 @@ fn an_image_read_by_hundreds_at_once_is_fetched_once_and_kept_whole() {
 #[test]
 fn a_slow_disk_makes_those_who_fetch_wait_and_nothing_is_let_go() {
     let runtime = common::runtime();
-    let image = Image::new(&runtime, noise(12 << 20));
+    let image = Image::new(&runtime, noise(48 << 20));
     let len = image.bytes.len() as u64;
     let dir = tempfile::tempdir().unwrap();
     runtime.block_on(async {
         let cache = cache(dir.path(), 64);
-        // What is queued for a disk that takes nothing. It leaves the readers room for 2 MiB.
-        let mut queued = Vec::new();
-        for _ in 0..62 {
+        // What is queued for a disk that takes nothing. It leaves the readers room for 256 KiB.
+        let mut queued = vec![cache.room(ByteLen(768 << 10)).await];
+        for _ in 0..63 {
             queued.push(cache.room(ByteLen(1 << 20)).await);
         }
+        // All answers come at once.
+        image.store.always(Method::GetRange, "blocks", Fault::Slow(Duration::from_millis(100)));
         let device = Arc::new(Device::new(image.base(&cache).await, None, ByteLen(len)));
-        // Reads of more than the 2 MiB must wait for the disk to get on.
+        // Reads of more than that must wait for the disk to get on, and so must as many small ones.
         let reading = async {
-            read_all(&device, &image.bytes[..6 << 20], 256 << 10, 200).await;
-            read_all(&device, &image.bytes, 3 << 20, 2).await;
+            read_all(&device, &image.bytes, 12 << 20, 4).await;
+            read_all(&device, &image.bytes, 256 << 10, 200).await;
         };
         let disk = async {
             while queued.pop().is_some() {
