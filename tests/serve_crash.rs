@@ -320,7 +320,7 @@ fn a_bit_flipped_in_the_cache_is_healed_and_counted() {
     client.disconnect();
     assert!(server.terminate().success());
     server.logs("stopped");
-    assert!(server.log().contains("healed: 1"), "{}", server.log());
+    assert!(server.log().contains("healed=1"), "{}", server.log());
 }
 
 #[test]
