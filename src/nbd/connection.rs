@@ -9,12 +9,14 @@
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use nbd_proto::server::{Decoded, Replies, StreamError, Transmission};
 use nbd_proto::{Command, Errno, ExportFacts, Request, validate};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno as SystemError;
+use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -34,6 +36,13 @@ const MAX_IN_FLIGHT: usize = 256;
 const MAX_IN_FLIGHT_BYTES: u64 = 64 << 20;
 /// Bytes of replies the client has not taken; one more reply may go past it.
 const MAX_OUTPUT: u64 = 8 << 20;
+/// The socket takes this much before a send has to wait, if the system lets it: some whole replies to large reads.
+const SEND_BUFFER: usize = 4 << 20;
+/// A client that asks one thing at a time has its next request here sooner than a processor falls asleep and wakes up: so long is looked for it before
+/// the thread waits in earnest,
+const LOOK_FOR: Duration = Duration::from_micros(50);
+/// as long as it came within this of the last one.
+const BUSY: Duration = Duration::from_micros(150);
 /// A payload buffer larger than this is given back after its use.
 const KEEP_PAYLOAD: usize = 4 << 20;
 
@@ -102,6 +111,8 @@ struct Connection {
     finished: Arc<Mailbox<Finished>>,
     /// Bytes were received since the other connections were last looked at.
     unchecked: bool,
+    /// The client's last request came right after the reply before.
+    is_busy: bool,
 }
 
 /// Serves the client until it is done, vanishes, or `stop` is called (and [`super::peers::Peers::wake_all`] after it); then finishes what is in flight. Requests that must
@@ -114,6 +125,9 @@ pub fn run(
 ) -> Result<End, ConnectionError> {
     let Chosen { negotiated, export, input } = chosen;
     let membership = export.peers().join(socket.try_clone()?);
+    // Only root may have more than the system's limit; whatever it is, it works.
+    let _ = set_socket_send_buffer_size_force(&socket, SEND_BUFFER)
+        .or_else(|_| set_socket_send_buffer_size(&socket, SEND_BUFFER));
     let decoder = negotiated.transmission();
     let contexts = negotiated
         .contexts
@@ -137,6 +151,7 @@ pub fn run(
         in_flight_bytes: 0,
         finished: Arc::new(Mailbox::new()?),
         unchecked: true,
+        is_busy: false,
     };
     connection.serve(stop)
 }
@@ -211,7 +226,7 @@ impl Connection {
     /// Waits until something can be done, and receives if that is it; `false` where the client has closed its end.
     fn wait(&mut self, wants_input: bool) -> io::Result<bool> {
         if wants_input && self.in_flight == 0 && self.output.pending() == 0 {
-            return self.receive(RecvFlags::empty());
+            return self.wait_for_request();
         }
         let mut events = PollFlags::empty();
         if wants_input {
@@ -241,16 +256,36 @@ impl Connection {
         Ok(true)
     }
 
-    /// Receives what there is, into the payload that is waited for or the input; `false` at the end of the stream.
+    /// Waits for the client alone: in the receive call, but for a client in the middle of one request after another, which is looked out for first.
+    fn wait_for_request(&mut self) -> io::Result<bool> {
+        let began = Instant::now();
+        while self.is_busy && began.elapsed() < LOOK_FOR {
+            match self.try_receive(RecvFlags::DONTWAIT)? {
+                Some(open) => return Ok(open),
+                None => std::hint::spin_loop(),
+            }
+        }
+        let open = self.receive(RecvFlags::empty());
+        self.is_busy = began.elapsed() < BUSY;
+        open
+    }
+
+    /// As [`Connection::try_receive`]; that there was nothing is no end.
     #[inline]
     fn receive(&mut self, flags: RecvFlags) -> io::Result<bool> {
+        Ok(self.try_receive(flags)?.unwrap_or(true))
+    }
+
+    /// Receives what there is, into the payload that is waited for or the input; `false` at the end of the stream, `None` where there is nothing.
+    #[inline]
+    fn try_receive(&mut self, flags: RecvFlags) -> io::Result<Option<bool>> {
         let target = match &mut self.receiving {
             Receiving::Payload { request, here } => &mut self.payload[*here..request.payload as usize],
             Receiving::Header | Receiving::Drain { .. } => self.input.room(),
         };
         let received = match recv(&self.socket, target, flags) {
             Ok((received, _)) => received,
-            Err(SystemError::INTR | SystemError::AGAIN) => return Ok(true),
+            Err(SystemError::INTR | SystemError::AGAIN) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         match &mut self.receiving {
@@ -258,7 +293,7 @@ impl Connection {
             Receiving::Header | Receiving::Drain { .. } => self.input.add(received),
         }
         self.unchecked = true;
-        Ok(received > 0)
+        Ok(Some(received > 0))
     }
 
     /// Sends as much as the socket takes without waiting.
