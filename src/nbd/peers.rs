@@ -70,7 +70,9 @@ impl Peers {
             .map(|peer| PollFd::from_borrowed_fd(peer.socket.as_fd(), PollFlags::RDHUP))
             .collect();
         // Zero time: it only asks. If it fails, nothing is known of anybody, and all others are taken for dead rather than trusted.
-        let known = poll(&mut asked, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok();
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // A signal is no answer: it must not fence connections that live.
+        let known = rustix::io::retry_on_intr(|| poll(&mut asked, Some(&at_once))).is_ok();
         let closed = PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
         for (peer, asked) in others.iter().zip(&asked) {
             // Of a socket we shut for reading ourselves, RDHUP says nothing.
