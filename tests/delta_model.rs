@@ -107,12 +107,13 @@ fn run_sequence(seed: u64) {
     let mut stamp = 0;
     for _ in 0..=dice.below(4) {
         disk.cut_power_after(dice.below(12));
+        let mut down = false;
         for _ in 0..dice.below(120) {
             let first = if dice.below(2) == 0 { dice.below(40) } else { dice.below(PAGES) };
             let longest = if dice.below(8) == 0 { 600 } else { 12 };
             let len = (1 + dice.below(longest)).min(PAGES - first);
-            match dice.below(10) {
-                0..=5 => {
+            match dice.below(41) {
+                0..=22 => {
                     let bytes: Vec<u8> = (0..len).flat_map(|page| stamped(stamp + 1 + page)).collect();
                     // Even a write that fails may have reached the disk page by page.
                     for page in 0..len {
@@ -123,17 +124,37 @@ fn run_sequence(seed: u64) {
                         break;
                     }
                 }
-                6 | 7 => {
+                23..=30 => {
                     (first..first + len).for_each(|page| model.set(page, Content::Zero));
                     if delta.zero(PageIndex(first), len).is_err() {
                         break;
                     }
                 }
-                8 => match delta.flush() {
+                31..=34 => match delta.flush() {
                     Ok(()) => model.flushed(),
                     Err(_) => break,
                 },
-                _ if dice.below(4) == 0 => {
+                35 => {
+                    // A sync fails, or the server is killed at one; the next server goes on from what the kernel shows.
+                    if dice.below(2) == 0 {
+                        disk.fail_next_sync(&mut dice);
+                    } else {
+                        disk.kill_at_next_sync();
+                    }
+                    if delta.flush().is_ok() {
+                        model.flushed();
+                    }
+                    delta = match reopen(&disk) {
+                        Ok(delta) => delta,
+                        // Not this one either: the sync it died at or gave up at was its own.
+                        Err(_) => {
+                            down = true;
+                            break;
+                        }
+                    };
+                    model.check_after_crash(&delta, seed);
+                }
+                36 => {
                     if delta.flush().is_err() {
                         break;
                     }
@@ -148,7 +169,7 @@ fn run_sequence(seed: u64) {
                 _ => {}
             }
         }
-        if !disk.is_off() && dice.below(2) == 0 {
+        if !disk.is_off() && !down && dice.below(2) == 0 {
             model.check_now(&delta, seed);
         }
         // The power goes; it may go again while the log is being repaired.
@@ -220,7 +241,7 @@ fn a_failed_fsync_fails_the_flush_and_everything_after_until_reopened() {
     delta.write(PageIndex(3), &stamped(1)).unwrap();
     delta.flush().unwrap();
     delta.write(PageIndex(3), &stamped(2)).unwrap();
-    disk.fail_next_sync();
+    disk.fail_next_sync(&mut Dice(1));
     assert!(delta.flush().is_err());
     let poisoned = delta.flush().unwrap_err().to_string();
     assert!(poisoned.contains("read-only since an fsync failed"), "{poisoned}");

@@ -76,7 +76,10 @@ impl Log {
             let _ = dir.remove(NEW_MAP_FILE);
         })?;
         dir.rename(NEW_MAP_FILE, MAP_FILE).map_err(failed("rename"))?;
-        dir.sync().map_err(failed("sync the directory of"))?;
+        if let Err(source) = dir.sync() {
+            log.spoil();
+            return Err(failed("sync the directory of")(source));
+        }
         Ok(log)
     }
 
@@ -177,11 +180,24 @@ impl Log {
         Ok(Appended { end, next_sequence: sequence })
     }
 
-    /// Makes what was appended durable; only now does it count.
+    /// Makes what was appended durable; only now does it count. On `Err` it is cut off again.
     pub fn sync(&mut self, appended: Appended) -> std::io::Result<()> {
-        self.file.sync()?;
+        if let Err(error) = self.file.sync() {
+            self.spoil();
+            return Err(error);
+        }
         (self.end, self.next_sequence) = (appended.end, appended.next_sequence);
         Ok(())
+    }
+
+    /// Cuts off what is not durable and leaves a torn tail of one byte in its place, so that whoever opens this log rewrites it.
+    ///
+    /// After a failed sync the kernel may call pages clean that never reached the disk, and show them to the next server, whose own sync
+    /// then succeeds and proves nothing. Here they are gone, and under the next generation whatever did reach the disk is void too.
+    fn spoil(&self) {
+        if let Err(error) = self.file.set_len(self.end).and_then(|()| self.file.set_len(self.end + 1)) {
+            tracing::error!(%error, "the delta's log could not be cut back after a failed sync");
+        }
     }
 
     /// Makes what was found by a replay durable, and the log's name.

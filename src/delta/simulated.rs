@@ -2,7 +2,8 @@
 //!
 //! Enters: file operations. Leaves, after [`SimulatedDisk::crash`]: a disk as a power cut may have left it: for each 512-byte
 //! sector the synced content or that of any write since, for each file a length of that time, and a prefix of the directory operations
-//! since the directory's last sync. Invariant: what was synced is there.
+//! since the directory's last sync. Invariant: what was synced is there. A sync that fails gives up on what it should have written, as
+//! Linux does: programs still see it, no later sync writes it.
 
 use std::collections::HashMap;
 use std::io;
@@ -75,19 +76,28 @@ struct State {
     syncs_left: Option<u64>,
     /// Bytes that may still be written before the disk is full.
     space_left: Option<u64>,
-    fail_next_sync: bool,
+    fail_next_sync: Option<Dice>,
+    kill_at_next_sync: bool,
+    /// Handles of an earlier one belong to a program that was killed.
+    program: u64,
     off: bool,
     syncs: u64,
 }
 
 impl State {
-    fn check_power(&self) -> io::Result<()> {
-        if self.off { Err(io::Error::other("the power is off")) } else { Ok(()) }
+    fn check_power(&self, program: u64) -> io::Result<()> {
+        if self.off {
+            Err(io::Error::other("the power is off"))
+        } else if program != self.program {
+            Err(io::Error::other("killed"))
+        } else {
+            Ok(())
+        }
     }
 
-    /// Counts a sync; the power may go just before it takes effect.
-    fn before_sync(&mut self) -> io::Result<()> {
-        self.check_power()?;
+    /// Counts a sync; the power may go just before it takes effect. `Some` where it is to fail.
+    fn before_sync(&mut self, program: u64) -> io::Result<Option<Dice>> {
+        self.check_power(program)?;
         self.syncs += 1;
         if let Some(left) = &mut self.syncs_left {
             if *left == 0 {
@@ -96,10 +106,11 @@ impl State {
                 *left -= 1;
             }
         }
-        if std::mem::take(&mut self.fail_next_sync) {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
+        if std::mem::take(&mut self.kill_at_next_sync) {
+            self.program += 1;
         }
-        self.check_power()
+        self.check_power(program)?;
+        Ok(self.fail_next_sync.take())
     }
 }
 
@@ -107,6 +118,7 @@ impl State {
 #[derive(Clone, Default)]
 pub struct SimulatedDisk {
     state: Arc<Mutex<State>>,
+    program: u64,
 }
 
 impl SimulatedDisk {
@@ -115,9 +127,10 @@ impl SimulatedDisk {
         SimulatedDisk::default()
     }
 
-    /// The disk's one directory.
+    /// The disk's one directory, as a program started now sees it.
     pub fn dir(&self) -> Box<dyn Dir> {
-        Box::new(self.clone())
+        let program = self.state.lock().program;
+        Box::new(SimulatedDisk { state: self.state.clone(), program })
     }
 
     /// Lets `syncs` more syncs through; at the next one the power goes, before it takes effect.
@@ -130,9 +143,14 @@ impl SimulatedDisk {
         self.state.lock().space_left = bytes;
     }
 
-    /// Makes the next sync fail with EIO.
-    pub fn fail_next_sync(&self) {
-        self.state.lock().fail_next_sync = true;
+    /// Makes the next sync fail with EIO after it wrote some of what it should have written, and forget the rest.
+    pub fn fail_next_sync(&self, dice: &mut Dice) {
+        self.state.lock().fail_next_sync = Some(Dice(dice.below(u64::MAX)));
+    }
+
+    /// Kills the program just before its next sync takes effect: whatever it has open fails from then on.
+    pub fn kill_at_next_sync(&self) {
+        self.state.lock().kill_at_next_sync = true;
     }
 
     /// Whether the power has gone.
@@ -177,7 +195,7 @@ impl SimulatedDisk {
             })
             .collect();
         let state = State { inodes, durable_names: names.clone(), names, ..State::default() };
-        SimulatedDisk { state: Arc::new(Mutex::new(state)) }
+        SimulatedDisk { state: Arc::new(Mutex::new(state)), program: 0 }
     }
 }
 
@@ -187,27 +205,39 @@ fn torn(inode: &Inode, dice: &mut Dice) -> Vec<u8> {
     let choice = dice.below(inode.lengths.len() as u64 + 1) as usize;
     let len = if choice == 0 { content.len() } else { inode.lengths[choice - 1] };
     content.resize(longest, 0);
-    // A whole crash in one of three moods: all writes lost, all there, or sector by sector.
+    write_some(&mut content, &inode.unsynced, dice);
+    content.truncate(len);
+    content
+}
+
+/// Does to `content` what some of `writes` do, in one of three moods: all are lost, all are there, or sector by sector.
+fn write_some(content: &mut [u8], writes: &[(usize, Vec<u8>)], dice: &mut Dice) {
     let mood = dice.below(3);
-    for (at, bytes) in &inode.unsynced {
+    for (at, bytes) in writes {
         let mut done = 0;
         while done < bytes.len() {
             let sector_end = ((at + done) / SECTOR + 1) * SECTOR;
             let stop = bytes.len().min(sector_end - at);
             if mood == 1 || mood == 2 && dice.below(2) == 0 {
-                content[at + done..at + stop].copy_from_slice(&bytes[done..stop]);
+                overlay(content, at + done, &bytes[done..stop]);
             }
             done = stop;
         }
     }
-    content.truncate(len);
-    content
+}
+
+/// Writes what lies inside `content`: the rest was cut off by a later `set_len`.
+fn overlay(content: &mut [u8], at: usize, bytes: &[u8]) {
+    let end = content.len().min(at + bytes.len());
+    if at < end {
+        content[at..end].copy_from_slice(&bytes[..end - at]);
+    }
 }
 
 impl Dir for SimulatedDisk {
     fn create(&self, name: &str) -> io::Result<Box<dyn File>> {
         let mut state = self.state.lock();
-        state.check_power()?;
+        state.check_power(self.program)?;
         // A new inode even where the name was taken: what truncation leaves after a crash is then never the old content under
         // the new name, which journalling file systems promise too.
         let inode = state.inodes.len();
@@ -220,14 +250,14 @@ impl Dir for SimulatedDisk {
 
     fn open(&self, name: &str) -> io::Result<Box<dyn File>> {
         let state = self.state.lock();
-        state.check_power()?;
+        state.check_power(self.program)?;
         let inode = *state.names.get(name).ok_or(io::ErrorKind::NotFound)?;
         Ok(Box::new(SimulatedFile { disk: self.clone(), inode }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         let mut state = self.state.lock();
-        state.check_power()?;
+        state.check_power(self.program)?;
         let op = DirOp::Rename(from.to_owned(), to.to_owned());
         apply(&mut state.names, &op);
         state.unsynced_ops.push(op);
@@ -236,7 +266,7 @@ impl Dir for SimulatedDisk {
 
     fn remove(&self, name: &str) -> io::Result<()> {
         let mut state = self.state.lock();
-        state.check_power()?;
+        state.check_power(self.program)?;
         let op = DirOp::Remove(name.to_owned());
         apply(&mut state.names, &op);
         state.unsynced_ops.push(op);
@@ -245,7 +275,10 @@ impl Dir for SimulatedDisk {
 
     fn sync(&self) -> io::Result<()> {
         let mut state = self.state.lock();
-        state.before_sync()?;
+        if state.before_sync(self.program)?.is_some() {
+            // A directory is the journal's, which tries again or stops for good.
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         state.durable_names = state.names.clone();
         state.unsynced_ops.clear();
         Ok(())
@@ -264,7 +297,7 @@ struct SimulatedFile {
 impl File for SimulatedFile {
     fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<()> {
         let state = self.disk.state.lock();
-        state.check_power()?;
+        state.check_power(self.disk.program)?;
         let content = &state.inodes[self.inode].current;
         let found = content.get(at as usize..at as usize + buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
         buf.copy_from_slice(found);
@@ -277,7 +310,7 @@ impl File for SimulatedFile {
 
     fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
         let mut state = self.disk.state.lock();
-        state.check_power()?;
+        state.check_power(self.disk.program)?;
         let mut room = bytes.len();
         if let Some(left) = &mut state.space_left {
             room = room.min(*left as usize);
@@ -296,23 +329,31 @@ impl File for SimulatedFile {
 
     fn sync(&self) -> io::Result<()> {
         let mut state = self.disk.state.lock();
-        state.before_sync()?;
+        let failing = state.before_sync(self.disk.program)?;
         let inode = &mut state.inodes[self.inode];
-        inode.durable = inode.current.clone();
-        inode.unsynced.clear();
+        let unsynced = std::mem::take(&mut inode.unsynced);
         inode.lengths.clear();
+        // The length is the journal's, and is kept even where the bytes are not.
+        inode.durable.resize(inode.current.len(), 0);
+        if let Some(mut dice) = failing {
+            write_some(&mut inode.durable, &unsynced, &mut dice);
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        for (at, bytes) in unsynced {
+            overlay(&mut inode.durable, at, &bytes);
+        }
         Ok(())
     }
 
     fn len(&self) -> io::Result<u64> {
         let state = self.disk.state.lock();
-        state.check_power()?;
+        state.check_power(self.disk.program)?;
         Ok(state.inodes[self.inode].current.len() as u64)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut state = self.disk.state.lock();
-        state.check_power()?;
+        state.check_power(self.disk.program)?;
         let inode = &mut state.inodes[self.inode];
         let old = inode.current.len();
         inode.current.resize(len as usize, 0);
@@ -326,7 +367,7 @@ impl File for SimulatedFile {
 
     fn punch(&self, at: u64, len: u64) -> io::Result<()> {
         let mut state = self.disk.state.lock();
-        state.check_power()?;
+        state.check_power(self.disk.program)?;
         let inode = &mut state.inodes[self.inode];
         let end = (at + len).min(inode.current.len() as u64) as usize;
         if (at as usize) < end {
