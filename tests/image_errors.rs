@@ -3,6 +3,7 @@
 // Helpers of tests may unwrap as tests do.
 #![allow(clippy::unwrap_used)]
 
+mod harness;
 #[path = "image_support/mod.rs"]
 mod support;
 
@@ -33,6 +34,24 @@ impl<F: FnMut() + Send> ImageSink for Meddler<F> {
         if !std::mem::replace(&mut self.done, true) {
             (self.meddle)();
         }
+        Ok(())
+    }
+
+    fn hole(&mut self, _: ByteLen) -> Result<(), SinkError> {
+        Ok(())
+    }
+}
+
+/// A sink that tells of every piece of data.
+struct Tap<F: FnMut(usize) + Send>(F);
+
+impl<F: FnMut(usize) + Send> ImageSink for Tap<F> {
+    fn begin(&mut self, _device: ByteLen) -> Result<(), SinkError> {
+        Ok(())
+    }
+
+    fn data(&mut self, bytes: &[u8]) -> Result<(), SinkError> {
+        (self.0)(bytes.len());
         Ok(())
     }
 
@@ -90,6 +109,29 @@ fn a_file_that_grows_shrinks_is_written_or_replaced_is_named() {
     }
 }
 
+/// Data files read first and a log read later must be of one moment, or a database finds itself inconsistent.
+#[test]
+fn a_file_written_after_it_was_read_is_named_before_the_image_ends() {
+    let (temp, _) = three_files();
+    let first = temp.path().join("a");
+    fs::write(temp.path().join("z"), noise(24_000_000, 2)).unwrap();
+    let mut seen = 0;
+    let mut sink = Tap(|len| {
+        let before = seen;
+        seen += len;
+        // The reader is a few MiB ahead at most, and far from the end.
+        if before < 12_000_000 && seen >= 12_000_000 {
+            let mut file = fs::File::options().write(true).open(&first).unwrap();
+            file.write_all(b"new").unwrap();
+        }
+    });
+    let result = image_from_dir(temp.path(), &options(), &mut sink, &Progress::new());
+    assert!(
+        matches!(&result, Err(ImageError::Changed { path, what: "it was written" }) if *path == first),
+        "{result:?}"
+    );
+}
+
 #[test]
 fn a_file_that_vanishes_is_named() {
     let (temp, victim) = three_files();
@@ -137,7 +179,7 @@ fn a_directory_swapped_for_a_link_leads_nowhere() {
 
 #[test]
 fn unreadable_files_are_all_named_before_anything_is_emitted() {
-    if !root("becoming nobody") {
+    if !root("for becoming nobody") {
         return;
     }
     let temp = tempfile::tempdir().unwrap();
@@ -173,7 +215,7 @@ fn unreadable_files_helper() {
 
 #[test]
 fn nobody_makes_the_same_image_as_root() {
-    if !root("becoming nobody") {
+    if !root("for becoming nobody") {
         return;
     }
     let temp = tempfile::tempdir().unwrap();
@@ -293,7 +335,7 @@ fn a_raw_image_written_meanwhile_is_named() {
 
 #[test]
 fn a_block_device_is_read_whole_and_refused_while_mounted() {
-    if !root("loop devices") {
+    if !root("for loop devices") {
         return;
     }
     let temp = tempfile::tempdir().unwrap();

@@ -2,7 +2,8 @@
 //!
 //! Enters: a scanned tree. Leaves: the contents of all data segments in tree order, each padded with zeros to whole
 //! blocks, in buffers that many small files share. Invariant: contents are handed on only while the file is what the
-//! scan saw; a file that changed, shrank or vanished ends the stream with an error that names it. Memory: at most
+//! scan saw; a file that changed, shrank or vanished, before, while or after it was read, ends the stream with an error
+//! that names it. Memory: at most
 //! [`SLABS`] buffers of [`SLAB_BYTES`], whatever the size of the files.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -129,9 +130,13 @@ impl Reader<'_> {
             }
         }
         self.packer.send()?;
-        // Last, everything that was not read: a name added or removed shows in its directory's times.
+        // Last, everything once more: a name added or removed shows in its directory's times, and a file written after it was
+        // read would be in the image as it was before another one that is there as it is now.
         for (id, entry) in tree.iter() {
-            if !entry.has_data() && !matches!(entry.kind, Kind::HardLink { .. }) {
+            if self.progress.is_cancelled() {
+                return Err(ImageError::Cancelled.into());
+            }
+            if !matches!(entry.kind, Kind::HardLink { .. }) {
                 unchanged(tree, &mut self.dirs, id)?;
             }
         }
