@@ -29,15 +29,7 @@ pub fn check_header(bytes: &[u8; HEADER_BYTES]) -> Result<(), FormatError> {
     if !bytes.starts_with(MAGIC) {
         return Err(FormatError::Magic { what: WHAT });
     }
-    let found = u16::from_le_bytes([bytes[8], bytes[9]]);
-    if found != VERSION {
-        return Err(FormatError::Version {
-            what: WHAT,
-            found: found.into(),
-            min: VERSION.into(),
-            max: VERSION.into(),
-        });
-    }
+    FormatError::check_version(WHAT, u16::from_le_bytes([bytes[8], bytes[9]]), VERSION)?;
     if bytes[10..] != [0; 6] {
         return Err(FormatError::Field { what: WHAT, field: "reserved", value: "not zero".into() });
     }

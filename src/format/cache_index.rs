@@ -91,15 +91,7 @@ impl SlabGeometry {
         if crc32fast::hash(body).to_le_bytes() != crc {
             return Err(FormatError::Checksum { what: WHAT });
         }
-        let version = u16::from_le_bytes([body[4], body[5]]);
-        if version != VERSION {
-            return Err(FormatError::Version {
-                what: WHAT,
-                found: version.into(),
-                min: VERSION.into(),
-                max: VERSION.into(),
-            });
-        }
+        FormatError::check_version(WHAT, u16::from_le_bytes([body[4], body[5]]), VERSION)?;
         let field = |field, value: u8| FormatError::Field { what: WHAT, field, value: value.to_string() };
         let chunk = ChunkSize::from_log2(body[6]).ok_or_else(|| field("chunk size", body[6]))?;
         SlabGeometry::new(chunk, body[7]).ok_or_else(|| field("slab size", body[7]))

@@ -86,15 +86,7 @@ impl ChunkTable {
         if !header.starts_with(MAGIC) {
             return Err(FormatError::Magic { what: WHAT });
         }
-        let version = u16::from_le_bytes([header[4], header[5]]);
-        if version != VERSION {
-            return Err(FormatError::Version {
-                what: WHAT,
-                found: version.into(),
-                min: VERSION.into(),
-                max: VERSION.into(),
-            });
-        }
+        FormatError::check_version(WHAT, u16::from_le_bytes([header[4], header[5]]), VERSION)?;
         if header[6] != chunk_size.log2() {
             return Err(bad("log2 of chunk-size", header[6]));
         }

@@ -149,10 +149,7 @@ fn check_head(bytes: &[u8], what: &'static str, magic: &[u8; 8], len: usize) -> 
     if &bytes[..8] != magic {
         return Err(FormatError::Magic { what });
     }
-    let version = u16_at(bytes, 8);
-    if version != VERSION {
-        return Err(FormatError::Version { what, found: version.into(), min: 1, max: VERSION.into() });
-    }
+    FormatError::check_version(what, u16_at(bytes, 8), VERSION)?;
     if crc32fast::hash(&bytes[..len - 4]) != u32_at(bytes, len - 4) {
         return Err(FormatError::Checksum { what });
     }

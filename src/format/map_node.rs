@@ -123,15 +123,7 @@ impl MapNode {
         if !header.starts_with(MAGIC) {
             return Err(FormatError::Magic { what: WHAT });
         }
-        let version = u16::from_le_bytes([header[4], header[5]]);
-        if version != VERSION {
-            return Err(FormatError::Version {
-                what: WHAT,
-                found: version.into(),
-                min: VERSION.into(),
-                max: VERSION.into(),
-            });
-        }
+        FormatError::check_version(WHAT, u16::from_le_bytes([header[4], header[5]]), VERSION)?;
         let bad = |field, value: u64| FormatError::Field { what: WHAT, field, value: value.to_string() };
         if header[6] != level {
             return Err(bad("level", header[6].into()));

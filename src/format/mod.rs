@@ -79,3 +79,13 @@ pub enum FormatError {
         value: String,
     },
 }
+
+impl FormatError {
+    /// Refuses every version of a binary format but the one there is.
+    fn check_version(what: &'static str, found: u16, known: u16) -> Result<(), FormatError> {
+        if found == known {
+            return Ok(());
+        }
+        Err(FormatError::Version { what, found: found.into(), min: known.into(), max: known.into() })
+    }
+}
