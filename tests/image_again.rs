@@ -1,19 +1,16 @@
 //! Making an image again: through the command, as users do.
 
 use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
 
-use support::command::run_ok;
-use support::tools::horcrux_cli;
+mod harness;
 
-mod support;
+use harness::{cli, run};
 
 fn make(dir: &Path, more: &[&str]) -> serde_json::Value {
-    let mut cli = Command::new(horcrux_cli());
+    let mut cli = cli();
     cli.args(["image-from-dir", "--json"]).args(more);
     cli.arg("again").arg(dir.join("src")).arg(dir.join("repo"));
-    serde_json::from_str(&run_ok(&mut cli, Duration::from_secs(60))).expect("the summary is JSON")
+    serde_json::from_str(&run(&mut cli).ok()).expect("the summary is JSON")
 }
 
 #[test]

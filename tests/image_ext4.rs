@@ -3,6 +3,7 @@
 // Helpers of tests may unwrap as tests do.
 #![allow(clippy::unwrap_used)]
 
+mod harness;
 #[path = "image_support/mod.rs"]
 mod support;
 
@@ -11,12 +12,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
 
+use harness::need;
 use horcrux::image::{
     FileSink, ImageError, ImageOptions, ImageSink, Mke2fsReason, NoteKind, Progress, SinkError, Summary,
     image_from_dir,
 };
 use horcrux::units::ByteLen;
-use support::{Fixture, Listing, Mount, assert_same, fsck_ext4, image_hash, noise, root, run, tool};
+use support::{Fixture, Listing, Mount, assert_same, fsck_ext4, image_hash, noise, root, run};
 
 fn options() -> ImageOptions {
     ImageOptions::new("AMCC", std::env::temp_dir())
@@ -41,7 +43,7 @@ fn one_of_everything_comes_out_the_same() {
     fsck_ext4(&image);
     let features = run(Command::new("/sbin/dumpe2fs").arg("-h").arg(&image));
     assert!(features.contains("has_journal"), "{features}");
-    if !root("comparing through a mount") {
+    if !root("for comparing through a mount") {
         return;
     }
     {
@@ -81,7 +83,7 @@ fn the_same_directory_gives_the_same_bytes_and_so_does_its_copy() {
 
 #[test]
 fn names_that_are_not_utf_8_go_through_mke2fs_and_come_out_the_same() {
-    if !tool("non-UTF-8 names", "mke2fs") {
+    if !need(&["mke2fs"]) {
         return;
     }
     let temp = tempfile::tempdir().unwrap();
@@ -101,7 +103,7 @@ fn names_that_are_not_utf_8_go_through_mke2fs_and_come_out_the_same() {
     let again = temp.path().join("again");
     make(&source, &again, &options()).unwrap();
     assert_eq!(image_hash(&image), image_hash(&again));
-    if !root("comparing through a mount") {
+    if !root("for comparing through a mount") {
         return;
     }
     {
@@ -119,7 +121,7 @@ fn names_that_are_not_utf_8_go_through_mke2fs_and_come_out_the_same() {
 
 #[test]
 fn attributes_too_big_for_a_block_go_through_mke2fs() {
-    if !tool("big attributes", "mke2fs") || !root("trusted attributes") {
+    if !need(&["mke2fs"]) || !root("for trusted attributes") {
         return;
     }
     let temp = tempfile::tempdir().unwrap();
@@ -161,12 +163,12 @@ fn a_lost_and_found_with_something_in_it_is_kept_and_an_empty_one_replaced() {
     assert_eq!(summary.notes.len(), 1);
     assert_eq!(summary.notes[0].kind, NoteKind::LostFound);
     fsck_ext4(&image);
-    if tool("lost+found with contents", "mke2fs") {
+    if need(&["mke2fs"]) {
         fs::write(source.join("lost+found/#1234"), "found").unwrap();
         let summary = make(&source, &image, &options()).unwrap();
         assert_eq!(summary.notes[0].kind, NoteKind::ThroughMke2fs(Mke2fsReason::LostFound));
         fsck_ext4(&image);
-        if root("comparing through a mount") {
+        if root("for comparing through a mount") {
             let mount = Mount::new(&image, "ro");
             assert_eq!(fs::read(mount.path().join("lost+found/#1234")).unwrap(), b"found");
         }
@@ -220,7 +222,7 @@ impl ImageSink for Counting {
 
 #[test]
 fn a_terabyte_image_mounts_and_checks() {
-    if !root("mounting") {
+    if !root("for mounting") {
         return;
     }
     let temp = tempfile::tempdir().unwrap();
@@ -299,7 +301,7 @@ fn many_empty_files_get_the_inodes_they_need() {
     fsck_ext4(&image);
     make(&source, &image, &options()).unwrap();
     fsck_ext4(&image);
-    if root("mounting") {
+    if root("for mounting") {
         let mount = Mount::new(&image, "rw");
         assert_same(Listing::default(), &source, mount.path());
         for number in 0..20_000 {
@@ -334,7 +336,7 @@ fn deep_directories_are_walked_without_running_out_of_anything() {
 
 #[test]
 fn access_times_are_kept_on_demand() {
-    if !root("comparing through a mount") {
+    if !root("for comparing through a mount") {
         return;
     }
     let temp = tempfile::tempdir().unwrap();

@@ -3,6 +3,7 @@
 // Helpers of tests may unwrap as tests do.
 #![allow(clippy::unwrap_used)]
 
+mod harness;
 #[path = "image_support/mod.rs"]
 mod support;
 
@@ -10,11 +11,12 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use harness::need;
 use horcrux::image::{
     FileSink, FsKind, ImageError, ImageOptions, Progress, Summary, image_from_dir, image_from_file,
 };
 use horcrux::units::ByteLen;
-use support::{Fixture, Listing, Mount, assert_same, fsck_xfs, noise, output, root, tool};
+use support::{Fixture, Listing, Mount, assert_same, fsck_xfs, noise, root, run};
 
 fn options(scratch: &Path) -> ImageOptions {
     ImageOptions { fs: FsKind::Xfs, ..ImageOptions::new("AMCC", scratch) }
@@ -32,13 +34,13 @@ fn assert_nothing_left(scratch: &Path) {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     assert!(!mounts.contains(scratch.to_str().unwrap()), "{mounts}");
     assert_eq!(fs::read_dir(scratch).unwrap().count(), 0);
-    let loops = String::from_utf8(output(Command::new("/sbin/losetup").arg("-a").arg("-l")).stdout).unwrap();
+    let loops = run(Command::new("/sbin/losetup").arg("-a").arg("-l"));
     assert!(!loops.contains(scratch.to_str().unwrap()), "{loops}");
 }
 
 #[test]
 fn one_of_everything_comes_out_the_same() {
-    if !root("an XFS image") || !tool("an XFS image", "mkfs.xfs") {
+    if !root("for an XFS image") || !need(&["mkfs.xfs"]) {
         return;
     }
     let temp = tempfile::tempdir().unwrap();
@@ -74,7 +76,7 @@ fn one_of_everything_comes_out_the_same() {
 
 #[test]
 fn a_directory_too_big_for_the_size_is_refused_and_leaves_nothing_mounted() {
-    if !root("an XFS image") || !tool("an XFS image", "mkfs.xfs") {
+    if !root("for an XFS image") || !need(&["mkfs.xfs"]) {
         return;
     }
     let temp = tempfile::tempdir().unwrap();
@@ -92,7 +94,7 @@ fn a_directory_too_big_for_the_size_is_refused_and_leaves_nothing_mounted() {
 
 #[test]
 fn without_root_an_xfs_image_says_that_it_needs_root() {
-    if !root("becoming nobody") || !tool("an XFS image", "mkfs.xfs") {
+    if !root("for becoming nobody") || !need(&["mkfs.xfs"]) {
         return;
     }
     let temp = tempfile::tempdir().unwrap();
@@ -115,7 +117,7 @@ fn without_root_an_xfs_image_helper() {
 
 #[test]
 fn a_kill_in_the_middle_leaves_no_mount_no_loop_device_and_no_file() {
-    if !root("an XFS image") || !tool("an XFS image", "mkfs.xfs") {
+    if !root("for an XFS image") || !need(&["mkfs.xfs"]) {
         return;
     }
     let temp = tempfile::tempdir().unwrap();
@@ -126,7 +128,7 @@ fn a_kill_in_the_middle_leaves_no_mount_no_loop_device_and_no_file() {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "a_kill_helper"]).env("HORCRUX_TEST_KILL", temp.path());
     let mut child = command.spawn().unwrap();
-    let loops = || String::from_utf8(output(&mut Command::new("/sbin/losetup")).stdout).unwrap();
+    let loops = || run(&mut Command::new("/sbin/losetup"));
     let marker = scratch.to_str().unwrap();
     let patience = |what: &str, done: &dyn Fn() -> bool| {
         let start = std::time::Instant::now();

@@ -2,15 +2,11 @@
 //! directory the image was made of, writes, detaches, and finds the writes when it is served again.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
-use support::command::run_ok;
-use support::tools::{horcrux_cli, need_root};
-use support::tree;
-use support::uml::{Guest, available};
+mod harness;
 
-mod support;
+use harness::{Guest, cli, guests, need_root, run, tree};
 
 /// One boot with all its work takes some 20 s on an idle machine of two cores.
 const GUEST_LIMIT: Duration = Duration::from_secs(240);
@@ -19,15 +15,15 @@ const GUEST_LIMIT: Duration = Duration::from_secs(240);
 fn image(dir: &Path, fs: &str) {
     tree::make(&dir.join("src"), 40, 7);
     tree::manifest(&dir.join("src"), &dir.join("manifest"));
-    let mut cli = Command::new(horcrux_cli());
+    let mut cli = cli();
     cli.args(["image-from-dir", "--fs", fs, "--size", "1G", "image"])
         .arg(dir.join("src"))
         .arg(dir.join("repo"));
-    run_ok(&mut cli, Duration::from_secs(120));
+    run(&mut cli).ok();
 }
 
 fn mounted_by_the_kernel(fs: &str, transport: &str, connections: &str, block: &str) {
-    if !available() || !need_root() {
+    if !guests() || !need_root("for mounts and devices in the guest") {
         return;
     }
     let dir = tempfile::tempdir().expect("a temporary directory");

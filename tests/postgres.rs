@@ -3,11 +3,9 @@
 use std::process::Command;
 use std::time::Duration;
 
-use support::command::run_ok;
-use support::tools::{horcrux_cli, in_tests, need, need_root, soak};
-use support::uml::{Guest, available};
+mod harness;
 
-mod support;
+use harness::{Guest, cli, guests, in_tests, need, need_root, run, run_within, soak};
 
 /// `pgbench -i -s 20`: about 300 MiB in 1,000 files.
 const SCALE: &str = "20";
@@ -15,23 +13,18 @@ const SCALE: &str = "20";
 #[test]
 fn postgres_runs_on_an_image_of_its_data_directory_and_its_pages_check_out() {
     let bin = newest_postgres();
-    if !available() || !need_root() || !need(&["pgbench", "setpriv"]) {
+    if !guests() || !need_root("for mounts and devices in the guest") || !need(&["pgbench", "setpriv"]) {
         return;
     }
     let bin = bin.expect("pgbench is installed with a server: `make packages`");
     let dir = tempfile::tempdir().expect("a temporary directory");
     let (cluster, repo) = (dir.path().join("cluster"), dir.path().join("repo"));
-    run_ok(
-        Command::new(in_tests("uml/postgres-cluster.sh")).arg(&cluster).arg(SCALE),
-        Duration::from_secs(180),
-    );
-    let mut cli = Command::new(horcrux_cli());
+    let mut fill = Command::new(in_tests("uml/postgres-cluster.sh"));
+    run_within(fill.arg(&cluster).arg(SCALE), Duration::from_secs(180)).ok();
+    let mut cli = cli();
     cli.args(["image-from-dir", "--size", "2G", "AMCC"]).arg(&cluster).arg(&repo);
-    run_ok(&mut cli, Duration::from_secs(120));
-    let owner = run_ok(
-        Command::new("stat").args(["-c", "%u"]).arg(cluster.join("PG_VERSION")),
-        Duration::from_secs(10),
-    );
+    run(&mut cli).ok();
+    let owner = run(Command::new("stat").args(["-c", "%u"]).arg(cluster.join("PG_VERSION"))).ok();
     let console = Guest::serving(&repo, "AMCC", Duration::from_secs(if soak() { 900 } else { 300 }))
         .env("FS", "ext4")
         .env("PGBIN", bin)

@@ -1,32 +1,28 @@
 //! A real power cut: kernel, page cache and server of a writing machine vanish at a random moment; what was flushed is
 //! there after the next boot, and the filesystem is clean.
 
-use std::process::Command;
 use std::time::Duration;
 
-use support::command::run_ok;
-use support::tools::{horcrux_cli, need_root, soak};
-use support::tree;
-use support::uml::{Guest, available};
+mod harness;
 
-mod support;
+use harness::{Guest, cli, guests, need_root, run, soak, tree};
 
 /// For one boot: the server starts, the filesystem mounts, files are written or read back.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 
 fn cut_with(fs: &str, rounds: u32) {
-    if !available() || !need_root() {
+    if !guests() || !need_root("for mounts and devices in the guest") {
         return;
     }
     let dir = tempfile::tempdir().expect("a temporary directory");
     tree::make(&dir.path().join("src"), 4, 3);
     tree::manifest(&dir.path().join("src"), &dir.path().join("manifest"));
     let repo = dir.path().join("repo");
-    let mut cli = Command::new(horcrux_cli());
+    let mut cli = cli();
     cli.args(["image-from-dir", "--fs", fs, "--size", "512M", "image"])
         .arg(dir.path().join("src"))
         .arg(&repo);
-    run_ok(&mut cli, Duration::from_secs(120));
+    run(&mut cli).ok();
     let rounds = if soak() { rounds * 10 } else { rounds };
     let told = Guest::serving(&repo, "image", BOOT_LIMIT)
         .env("FS", fs)

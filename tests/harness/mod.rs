@@ -4,9 +4,11 @@
 #![allow(dead_code, unused_imports, clippy::unwrap_used)]
 
 mod client;
+mod guest;
 mod image;
 mod server;
 mod tmpfs;
+pub mod tree;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -15,12 +17,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 pub use client::{Answer, Client, Reading};
+pub use guest::{Guest, guests};
 pub use image::{Image, PAGE, noise};
 pub use server::{Serve, Server};
 pub use tmpfs::Tmpfs;
 
 /// What a command may take unless a test says otherwise: an fsync on a disk that others keep busy can take a minute.
 pub const PATIENCE: Duration = Duration::from_secs(120);
+/// Where Debian keeps commands that a user's PATH may not name.
+const SYSTEM_DIRS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 const POLL: Duration = Duration::from_millis(5);
 
 /// What a command printed, and how it ended.
@@ -104,10 +109,11 @@ pub fn until(patience: Duration, mut is_so: impl FnMut() -> bool) -> bool {
 
 /// Whether all of these programs are installed. Says so where one is not; in CI that is a failure.
 pub fn need(tools: &[&str]) -> bool {
-    let dirs: Vec<PathBuf> = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).collect();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let dirs: Vec<PathBuf> = std::env::split_paths(&path).chain(SYSTEM_DIRS.map(PathBuf::from)).collect();
     let missing: Vec<_> =
         tools.iter().filter(|tool| !dirs.iter().any(|dir| dir.join(tool).is_file())).collect();
-    can(missing.is_empty(), &format!("not installed: {missing:?}"))
+    can(missing.is_empty(), &format!("not installed: {missing:?}; `make packages` names the packages"))
 }
 
 /// nbdsh, with the Python its module is installed for, whatever Python comes first in PATH.
@@ -123,7 +129,8 @@ pub fn need_root(why: &str) -> bool {
     can(rustix::process::geteuid().is_root(), &format!("root is needed {why}"))
 }
 
-fn can(possible: bool, reason: &str) -> bool {
+/// Whether a test can run. Says why not; in CI that is a failure.
+pub fn can(possible: bool, reason: &str) -> bool {
     if !possible {
         assert!(std::env::var_os("CI").is_none(), "in CI this test must run: {reason}");
         eprintln!("SKIPPED: {reason}");
@@ -147,6 +154,11 @@ pub fn seed() -> u64 {
 /// The command line program: beside the server that cargo built for this test.
 pub fn cli() -> Command {
     let path = Path::new(env!("CARGO_BIN_EXE_horcrux-nbd")).with_file_name("horcrux-cli");
-    assert!(path.exists(), "{} is not built; run: cargo build -p horcrux-cli", path.display());
+    assert!(path.exists(), "{} is not built; run: cargo build --workspace --bins", path.display());
     Command::new(path)
+}
+
+/// The file `name` below `tests/`.
+pub fn in_tests(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name)
 }

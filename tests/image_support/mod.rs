@@ -12,46 +12,19 @@ use std::io::{Read, Seek, SeekFrom, Write as _};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
+
+use crate::harness;
 
 /// Runs a command and returns what it printed; its failure is the test's.
 pub fn run(command: &mut Command) -> String {
-    let output = output(command);
-    assert!(
-        output.status.success(),
-        "{command:?}: {}\n{}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// Runs a command, however it ends.
-pub fn output(command: &mut Command) -> Output {
-    command.env("LC_ALL", "C").output().unwrap_or_else(|error| panic!("{command:?}: {error}"))
-}
-
-/// Whether the test can run. Says why not, and fails in CI.
-pub fn can(what: &str, reason: &str, possible: bool) -> bool {
-    if !possible {
-        assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "CI must run this: {what}: {reason}");
-        eprintln!("SKIP {what}: {reason}");
-    }
-    possible
+    harness::run(command.env("LC_ALL", "C")).ok()
 }
 
 /// Whether this is root, with mounts and loop devices.
 pub fn root(what: &str) -> bool {
-    let loops = rustix::process::geteuid().is_root() && Path::new("/dev/loop-control").exists();
-    can(what, "needs root and loop devices", loops)
-}
-
-/// Whether a program is installed.
-pub fn tool(what: &str, program: &str) -> bool {
-    let found =
-        ["/usr/bin", "/usr/sbin", "/bin", "/sbin"].iter().any(|dir| Path::new(dir).join(program).exists());
-    can(what, &format!("needs {program}"), found)
+    harness::need_root(what)
+        && harness::can(Path::new("/dev/loop-control").exists(), &format!("loop devices are needed {what}"))
 }
 
 /// A mount that ends with the value.

@@ -8,15 +8,17 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use super::command::{end, run};
-use super::tools::{horcrux_nbd, in_tests, need};
+use super::{in_tests, need, run_within};
 
 /// What run.sh adds to a guest's own bound: boot, the kill, the copy of the console.
 const OVERHEAD: Duration = Duration::from_secs(30);
 
+/// How much of a log is shown, in bytes.
+const LOG_SHOWN: usize = 8192;
+
 /// Whether a guest can be run here; skipped or failed as by [`need`].
 #[must_use]
-pub fn available() -> bool {
+pub fn guests() -> bool {
     need(&["linux.uml", "busybox", "insmod", "nbd-client", "nbdinfo", "e2fsck", "setsid"])
 }
 
@@ -32,7 +34,7 @@ impl Guest {
     pub fn serving(repository: &Path, name: &str, limit: Duration) -> Self {
         Self { args: Vec::new(), limit }
             .env("SERVER", "horcrux")
-            .env("HORCRUX_NBD", horcrux_nbd())
+            .env("HORCRUX_NBD", env!("CARGO_BIN_EXE_horcrux-nbd"))
             .env("REPO", repository)
             .env("NAME", name)
     }
@@ -66,7 +68,7 @@ impl Guest {
     }
 
     fn finish(&self, command: &mut Command, out: &Path, boots: u32) -> String {
-        let finished = run(command, (self.limit + OVERHEAD) * boots);
+        let finished = run_within(command, (self.limit + OVERHEAD) * boots);
         let server = std::fs::read(out.join("server.log")).unwrap_or_default();
         assert!(
             finished.status.success(),
@@ -79,4 +81,11 @@ impl Guest {
         let console = std::fs::read(out.join("console")).unwrap_or_default();
         finished.stdout + &String::from_utf8_lossy(&console)
     }
+}
+
+/// The last lines of a long text.
+fn end(text: &str) -> &str {
+    let start = text.len().saturating_sub(LOG_SHOWN);
+    let start = (start..).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
+    &text[start..]
 }
