@@ -191,7 +191,8 @@ fn from_env(name: &str, default: u64) -> u64 {
 #[test]
 fn after_a_crash_at_any_sync_every_page_is_a_version_it_had_since_the_last_flush() {
     let first = from_env("HORCRUX_SEED", 1);
-    for seed in first..first + from_env("HORCRUX_SEQUENCES", 400) {
+    let default = if std::env::var_os("HORCRUX_SOAK").is_some() { 10_000 } else { 400 };
+    for seed in first..first + from_env("HORCRUX_SEQUENCES", default) {
         run_sequence(seed);
     }
 }

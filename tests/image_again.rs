@@ -27,3 +27,24 @@ fn an_image_made_again_without_a_size_keeps_its_size_and_stores_nothing() {
     let smaller = make(dir.path(), &["--size", "1G"]);
     assert_eq!(smaller["device_bytes"], 1u64 << 30, "asked for, it shrinks");
 }
+
+#[test]
+fn an_image_that_is_refused_leaves_no_repository_behind() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (src, repo) = (dir.path().join("src"), dir.path().join("repo"));
+    let refused = |more: &[&str]| {
+        let mut cli = cli();
+        let said = run(cli.arg("image-from-dir").args(more).arg("again").arg(&src).arg(&repo)).refused();
+        assert!(!repo.exists(), "{said}");
+        said
+    };
+    let src_shown = src.display();
+    assert_eq!(refused(&[]), format!("error: {src_shown}: No such file or directory (os error 2)\n"));
+    std::fs::create_dir(&src).expect("a directory");
+    std::fs::write(src.join("file"), vec![7; 30_000_000]).expect("a file");
+    let said = refused(&["--size", "16M"]);
+    assert_eq!(
+        said,
+        "error: the directory needs a device of 36700160 bytes, the size given is 16777216; hint: --size 35M or more\n"
+    );
+}

@@ -13,13 +13,19 @@ use std::time::Duration;
 use horcrux::cache::{Cache, CacheOptions, MIN_LIMIT};
 use horcrux::nbd::{Endpoint, Export, Listener, Server, ServerOptions};
 use horcrux::repo::Repository;
-use horcrux::store::MemStore;
+use horcrux::store::counting::Method;
+use horcrux::store::fault::Fault;
+use horcrux::store::{FaultStore, MemStore, Store};
 use horcrux::volume::{Source, StateDir, Volume, VolumeError};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
 fn repository(runtime: &Runtime) -> Repository {
-    let repo = common::create(runtime, Arc::new(MemStore::new()));
+    repository_on(runtime, Arc::new(MemStore::new()))
+}
+
+fn repository_on(runtime: &Runtime, store: Arc<dyn Store>) -> Repository {
+    let repo = common::create(runtime, store);
     let bytes = common::random_image(1, 1 << 20);
     common::write(runtime, &repo, &common::image("A"), &bytes, common::small_params(1 << 20)).unwrap();
     repo
@@ -86,6 +92,59 @@ fn connect(socket: &Path) -> UnixStream {
     stream
 }
 
+/// Serves a volume as export `A` until `stop`; the result is the number of connections that had to be left.
+fn serve(
+    runtime: &Runtime,
+    volume: &Volume,
+    socket: &Path,
+    stop: &CancellationToken,
+) -> tokio::task::JoinHandle<usize> {
+    // Listening needs the runtime's own poller.
+    let entered = runtime.enter();
+    let listener = Listener::bind(&Endpoint::Unix(socket.to_owned())).unwrap();
+    drop(entered);
+    let export = Arc::new(Export::new("A".into(), String::new(), volume.device().clone()));
+    let server = Server::new(vec![export], vec![listener], ServerOptions::default()).unwrap();
+    runtime.spawn(server.run(stop.clone()))
+}
+
+/// NBD spec, NBD_CMD_DISC: "The server MUST handle all outstanding requests". `cp image /dev/fuse; exit` is such a client.
+#[test]
+fn writes_that_had_to_wait_are_done_though_their_client_disconnects_and_closes_at_once() {
+    let (runtime, state) = (common::runtime(), tempfile::tempdir().unwrap());
+    let faults = FaultStore::new(Arc::new(MemStore::new()));
+    let repo = repository_on(&runtime, Arc::new(faults.clone()));
+    let opened = volume(&runtime, &repo, state.path()).unwrap();
+    let socket = state.path().join("sock");
+    let stop = CancellationToken::new();
+    let running = serve(&runtime, &opened, &socket, &stop);
+    // Parts of pages: what is around them must be fetched first.
+    faults.always(Method::GetRange, "", Fault::Slow(Duration::from_millis(300)));
+    let mut stream = connect(&socket);
+    for page in 0..8u64 {
+        let mut write = Vec::from(0x2560_9513u32.to_be_bytes());
+        write.extend([0, 0, 0, 1]);
+        write.extend(page.to_be_bytes());
+        write.extend((page * 100_000 + 10).to_be_bytes());
+        write.extend(3u32.to_be_bytes());
+        write.extend(b"new");
+        stream.write_all(&write).unwrap();
+    }
+    let mut disconnect = [0; 28];
+    disconnect[..4].copy_from_slice(&0x2560_9513u32.to_be_bytes());
+    disconnect[7] = 2;
+    stream.write_all(&disconnect).unwrap();
+    drop(stream);
+    let delta = opened.device().delta().unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while delta.data_pages() < 8 {
+        assert!(std::time::Instant::now() < deadline, "{} of 8 writes were done", delta.data_pages());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    stop.cancel();
+    assert_eq!(runtime.block_on(running).unwrap(), 0);
+}
+
 /// More requests in one burst than are taken on at once: those that wait in the server's buffer must be gone on with when the others are
 /// done, though the client sends nothing more.
 #[test]
@@ -95,13 +154,7 @@ fn a_burst_of_more_requests_than_are_taken_on_at_once_is_answered_to_the_last() 
     let opened = volume(&runtime, &repo, state.path()).unwrap();
     let socket = state.path().join("sock");
     let stop = CancellationToken::new();
-    // Listening needs the runtime's own poller.
-    let entered = runtime.enter();
-    let listener = Listener::bind(&Endpoint::Unix(socket.clone())).unwrap();
-    drop(entered);
-    let export = Arc::new(Export::new("A".into(), String::new(), opened.device().clone()));
-    let server = Server::new(vec![export], vec![listener], ServerOptions::default()).unwrap();
-    let running = runtime.spawn(server.run(stop.clone()));
+    let running = serve(&runtime, &opened, &socket, &stop);
     let mut stream = connect(&socket);
     let mut flush = [0; 28];
     flush[..4].copy_from_slice(&0x2560_9513u32.to_be_bytes());

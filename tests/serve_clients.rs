@@ -105,6 +105,20 @@ fn nbdinfo_tells_what_is_served_and_what_is_where() {
 }
 
 #[test]
+fn the_uri_it_prints_is_one_a_client_takes_wherever_the_socket_is() {
+    if !need(&["nbdinfo"]) {
+        return;
+    }
+    let image = Image::sparse();
+    let state = image.dir().join("a state & more?#%41");
+    let server = Serve::new(&image.repo(), &state).name("disk").start();
+    let uri = server.said[1].trim();
+    assert!(uri.starts_with("nbd+unix:///disk?socket=/"), "{uri}");
+    assert_eq!(program("nbdinfo", &["--size", uri]).trim(), (16 << 20).to_string());
+    server.stop();
+}
+
+#[test]
 fn nbdcopy_copies_out_what_went_in_and_in_what_it_is_given() {
     if !need(&["nbdcopy", "nbdinfo"]) {
         return;

@@ -40,7 +40,7 @@ mod xfs;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-pub use commit_sink::CommitSink;
+pub use commit_sink::{CommitSink, Target};
 pub use error::{ImageError, UNREADABLE_NAMED_MAX};
 pub use note::{Mke2fsReason, NOTE_EXAMPLES_MAX, Note, NoteKind};
 pub use progress::{Phase, Progress};

@@ -113,6 +113,8 @@ struct Connection {
     unchecked: bool,
     /// The client's last request came right after the reply before.
     is_busy: bool,
+    /// The client said it disconnects and closed the socket: nobody takes replies any more.
+    is_unheard: bool,
 }
 
 /// Serves the client until it is done, vanishes, or `stop` is called (and [`super::peers::Peers::wake_all`] after it); then finishes what is in flight. Requests that must
@@ -152,6 +154,7 @@ pub fn run(
         finished: Arc::new(Mailbox::new()?),
         unchecked: true,
         is_busy: false,
+        is_unheard: false,
     };
     connection.serve(stop)
 }
@@ -176,7 +179,10 @@ impl Connection {
                 reply::put(&mut self.output, self.replies, &request, outcome);
             }
             match self.send() {
-                Err(error) if is_gone(&error) => return Ok(self.closed()),
+                Err(error) if is_gone(&error) => match self.gone() {
+                    Some(end) => return Ok(end),
+                    None => self.output = Output::default(),
+                },
                 other => other?,
             }
             if self.decoder.is_closed() {
@@ -200,10 +206,24 @@ impl Connection {
                 // A stop shuts the socket for reading; that is not the client.
                 Ok(false) if stop.is_cancelled() => {}
                 Ok(false) => return Ok(self.closed()),
-                Err(error) if is_gone(&error) => return Ok(self.closed()),
+                Err(error) if is_gone(&error) => {
+                    if let Some(end) = self.gone() {
+                        return Ok(end);
+                    }
+                }
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// The client has closed the socket both ways: how that ends the connection. `None` after a disconnect, which asks for everything before
+    /// it to be done (NBD spec, "NBD_CMD_DISC"); it is, unless another connection's write fences it.
+    fn gone(&mut self) -> Option<End> {
+        if !self.decoder.is_closed() {
+            return Some(self.closed());
+        }
+        self.is_unheard = true;
+        None
     }
 
     /// How it ends where the client closed the socket.
@@ -239,9 +259,14 @@ impl Connection {
             PollFd::new(&self.socket, events),
             PollFd::from_borrowed_fd(self.finished.bell(), PollFlags::IN),
         ];
-        match poll(&mut asked, None) {
+        // A socket that is closed would be told of again and again.
+        let asked_of = usize::from(self.is_unheard);
+        match poll(&mut asked[asked_of..], None) {
             Ok(_) | Err(SystemError::INTR) => {}
             Err(error) => return Err(error.into()),
+        }
+        if self.is_unheard {
+            return Ok(true);
         }
         let happened = asked[0].revents();
         if happened.intersects(PollFlags::HUP | PollFlags::ERR)

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use horcrux::format::{BlockSize, Filesystem, FormatError, Timestamp};
 use horcrux::image::{
-    CommitSink, FsKind, ImageError, ImageOptions, Progress, Summary, image_from_dir, image_from_file,
+    CommitSink, FsKind, ImageError, ImageOptions, Progress, Summary, Target, image_from_dir, image_from_file,
 };
 use horcrux::repo::{
-    BranchName, CommitMeta, Finished, ImageName, MetaCache, NoMetaCache, RepoError, Repository, WriterParams,
+    BranchName, CommitMeta, Finished, ImageName, MetaCache, NoMetaCache, RepoError, WriterParams,
 };
 use horcrux::store::url::RepositoryUrl;
 use horcrux::store::{self, StoreError, UrlError};
@@ -189,10 +189,10 @@ fn store_image(
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
     let store = store::url::open(repo)?;
     let id = *uuid::Uuid::new_v4().as_bytes();
-    let repository = runtime.block_on(Repository::open_or_create(store, id))?;
+    let target = runtime.block_on(Target::find(store, id))?;
     let params = WriterParams { block_size: common.block_size, ..WriterParams::new(ByteLen(0)) };
-    let previous = runtime.block_on(previous_size(&repository, name))?;
-    let mut sink = CommitSink::new(runtime.handle().clone(), repository, name.clone(), params);
+    let previous = runtime.block_on(previous_size(&target, name))?;
+    let mut sink = CommitSink::new(runtime.handle().clone(), target, name.clone(), params);
 
     let progress = Arc::new(Progress::new());
     let bar = Bar::follow(progress.clone());
@@ -219,7 +219,8 @@ fn store_image(
 }
 
 /// The size of the version this one follows; 0 where there is none.
-async fn previous_size(repository: &Repository, image: &ImageName) -> Result<ByteLen, RepoError> {
+async fn previous_size(target: &Target, image: &ImageName) -> Result<ByteLen, RepoError> {
+    let Target::Open(repository) = target else { return Ok(ByteLen(0)) };
     let Some(tip) = repository.branch(image, &BranchName::default()).await? else { return Ok(ByteLen(0)) };
     let no_cache: Arc<dyn MetaCache> = Arc::new(NoMetaCache);
     Ok(repository.commit(image, tip.commit, &no_cache).await?.size)

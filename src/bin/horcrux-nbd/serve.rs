@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use horcrux::repo::{ImageName, Reference, RepoError, Repository};
 use horcrux::store::{self, UrlError};
 use horcrux::units::ByteLen;
 use horcrux::volume::{Source, StateDir, Volume, VolumeError, default_state_dir};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -145,6 +147,9 @@ fn export(volume: &Volume) -> Arc<Export> {
     Arc::new(Export::new(volume.name().to_owned(), description, volume.device().clone()))
 }
 
+/// What is encoded in the socket's path in a URI: all but RFC 3986's unreserved characters and the slash.
+const IN_URI: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
 /// Says where each export is and how to attach it. Standard output is read by people and scripts: one paragraph for each export.
 fn announce(volumes: &[Volume], listeners: &[Listener]) -> io::Result<()> {
     use std::io::Write;
@@ -162,8 +167,9 @@ fn announce(volumes: &[Volume], listeners: &[Listener]) -> io::Result<()> {
             match listener.endpoint()? {
                 Endpoint::Unix(path) => {
                     let path = std::path::absolute(&path)?;
+                    let socket = percent_encode(path.as_os_str().as_bytes(), IN_URI);
+                    writeln!(out, "  nbd+unix:///{name}?socket={socket}")?;
                     let path = path.display();
-                    writeln!(out, "  nbd+unix:///{name}?socket={path}")?;
                     writeln!(out, "  attach: nbd-client -unix {path} -N {name} /dev/nbd0 -b 512")?;
                 }
                 Endpoint::Tcp(address) => {
