@@ -10,7 +10,7 @@ chown "$PGUID" /mnt/pgrun
 chmod 755 /mnt /mnt/tmp
 
 # As the cluster's owner: PostgreSQL refuses root. A wait that outlives its bound is an error.
-pg() { setpriv --reuid "$PGUID" --clear-groups env HOME=/mnt/pgrun PGHOST=/mnt/pgrun timeout $((300 + SECONDS_RUN)) "$@"; }
+pg() { setpriv --reuid "$PGUID" --clear-groups env HOME=/mnt/pgrun PGHOST=/mnt/pgrun timeout $((300 + ${SECONDS_RUN:-10})) "$@"; }
 start_postgres() {
     pg "$PGBIN/pg_ctl" -D "$data" -w -t 120 -l /mnt/pgrun/log \
         -o "-k /mnt/pgrun -c listen_addresses= -c shared_buffers=64MB -c max_wal_size=256MB" start >/dev/null ||
