@@ -243,6 +243,44 @@ fn fio_finds_after_a_kill_what_it_wrote_and_flushed_before() {
     }
 }
 
+/// fio reads back and checks what it wrote while it goes on writing; the server is killed under it, and the next one goes on with what is there.
+#[test]
+fn fio_reads_nothing_wrong_from_any_server_until_it_is_killed_and_from_the_last_all_it_wrote() {
+    if !need(&["fio"]) {
+        return;
+    }
+    let mut random = SmallRng::seed_from_u64(seed());
+    let image = Image::of(noise(1, 16 * MIB));
+    let fio = |server: &Server, more: &[&str]| {
+        let mut fio = Program::new("fio");
+        fio.args(["--name=kill", "--ioengine=nbd"]).arg(format!("--uri={}", server.uri("disk")));
+        fio.args(["--rw=randwrite", "--bs=4k", "--size=16m", "--iodepth=16", "--fsync=64"]);
+        fio.args(["--verify=crc32c", "--verify_fatal=1"]).args(more).current_dir(image.dir());
+        fio
+    };
+    let mut server = Serve::disk(&image).start();
+    let mut cut_off = 0;
+    for round in 0..rounds() {
+        let mut load = fio(&server, &["--verify_backlog=128", "--time_based", "--runtime=60"]);
+        load.arg(format!("--randseed={round}"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let load = load.spawn().unwrap();
+        assert!(until(PATIENCE, || server.log().contains("connected")), "{}", server.log());
+        std::thread::sleep(Duration::from_millis(random.random_range(0..500)));
+        server.kill();
+        let said = load.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&[said.stdout, said.stderr].concat()).into_owned();
+        assert!(!said.contains("verify:"), "round {round}: {said}");
+        cut_off += u32::from(!said.contains("err= 0"));
+        server = Serve::disk(&image).start();
+    }
+    assert!(cut_off * 2 > rounds(), "only {cut_off} kills came while fio was at work");
+    run(&mut fio(&server, &[])).ok();
+    server.stop();
+}
+
 #[test]
 fn a_server_killed_in_mid_download_never_serves_what_it_half_fetched() {
     let seed = seed();
