@@ -52,7 +52,8 @@ bench: packages
 packages:
 	@tests/packages.sh
 
-tools:
+tools: packages
+	@tests/weed.sh
 	@command -v cargo-nextest >/dev/null || $(INSTALL) cargo-nextest --version $(NEXTEST_VERSION)
 	@command -v cargo-deny >/dev/null || $(INSTALL) cargo-deny --version $(DENY_VERSION)
 

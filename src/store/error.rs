@@ -115,6 +115,60 @@ pub enum StoreError {
         /// On what.
         key: String,
     },
+    /// There is no such bucket.
+    #[error("{store}: there is no such bucket; hint: make it, or look at the name and the region")]
+    NoBucket {
+        /// The store.
+        store: String,
+    },
+    /// No credentials were found where they are looked for.
+    #[error(
+        "{store}: no credentials; hint: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run 'aws configure'"
+    )]
+    NoCredentials {
+        /// The store.
+        store: String,
+    },
+    /// The server knows the credentials as wrong or as no longer good.
+    #[error("{store}: the server does not take these credentials ({code})")]
+    WrongCredentials {
+        /// The store.
+        store: String,
+        /// The server's word for why.
+        code: String,
+    },
+    /// The clocks here and there are too far apart for signatures.
+    #[error(
+        "{store}: the clocks of this machine and of the server are too far apart; hint: set this one right"
+    )]
+    ClockSkew {
+        /// The store.
+        store: String,
+    },
+    /// The server does not keep the conditions writes need.
+    #[error(
+        "{store}: the server does not keep {condition}, so writers could overwrite each other unseen; nothing is written there"
+    )]
+    NoConditions {
+        /// The store.
+        store: String,
+        /// The condition.
+        condition: &'static str,
+    },
+    /// A server's refusal, or an answer that makes no sense.
+    #[error("{store}: can't {operation} {key}: {why}")]
+    Remote {
+        /// The store.
+        store: String,
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        key: String,
+        /// What the server or the network said.
+        why: String,
+        /// Whether it may go better later.
+        transient: bool,
+    },
     /// Any other error of the operating system.
     #[error("{store}: can't {operation} {path}: {source}", path = .path.display())]
     Io {
@@ -142,6 +196,7 @@ impl StoreError {
     pub fn is_transient(&self) -> bool {
         match self {
             StoreError::Unavailable { .. } | StoreError::Locked { .. } => true,
+            StoreError::Remote { transient, .. } => *transient,
             StoreError::Io { source, .. } => matches!(
                 source.kind(),
                 io::ErrorKind::Interrupted

@@ -1,4 +1,4 @@
-//! Stores: flat spaces of objects under keys, in a directory, in memory, and later behind a network.
+//! Stores: flat spaces of objects under keys, in a directory, in memory, in S3 buckets.
 //!
 //! Enters: keys, ranges and bodies. Leaves: bytes as the store gave them, *not verified*: whoever reads checks them against a hash.
 //! Invariant: an object is visible whole or not at all, and what a method answered `Ok` for survives a power cut at the store.
@@ -11,6 +11,7 @@ pub mod error;
 pub mod fault;
 pub mod key;
 pub mod mem;
+pub mod s3;
 pub mod url;
 
 use std::fmt;
@@ -25,6 +26,7 @@ pub use error::StoreError;
 pub use fault::FaultStore;
 pub use key::{Key, KeyError, KeyPrefix};
 pub use mem::MemStore;
+pub use s3::{S3Place, S3Store};
 pub use url::{RepositoryUrl, UrlError};
 
 /// The longest object that [`Store::get`] reads whole. Base objects are longer; they are read by ranges.
@@ -110,7 +112,8 @@ pub trait Store: Send + Sync + fmt::Debug {
         new: Bytes,
     ) -> Result<Etag, StoreError>;
 
-    /// Lists up to `limit` objects whose keys start with `prefix` and are greater than `after`, by ascending bytes of the key.
+    /// Lists up to `limit` objects whose keys start with `prefix` and come after `after`, the last key of the page before, in an order of the
+    /// store's own: by bytes of the key in most, by segments in some.
     ///
     /// Guarantees: an object that exists throughout a listing is in it once. Writes in flight are not in it.
     /// Does not: show one moment; an object made or deleted meanwhile may be in it or not.

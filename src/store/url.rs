@@ -9,12 +9,12 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::{DirStore, Store};
+use super::{DirStore, S3Place, S3Store, Store};
 
 /// The forms this build opens, for messages.
-const KNOWN_FORMS: &str = "/dir, file:///dir, cp:///dir";
+const KNOWN_FORMS: &str = "/dir, file:///dir, cp:///dir, s3://bucket[/prefix][?region=R&endpoint=URL], minio://host:port/bucket[/prefix]";
 /// Schemes that are part of the language but have no store in this build.
-const UNBUILT_SCHEMES: [&str; 5] = ["s3", "minio", "scp", "ssh", "sftp"];
+const UNBUILT_SCHEMES: [&str; 3] = ["scp", "ssh", "sftp"];
 
 /// Why a string is not a repository's URL.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -51,6 +51,14 @@ pub enum UrlError {
         /// The mark found.
         mark: char,
     },
+    /// A part of an object store's URL that is not as it should be. Does not say the URL: what is wrong in it may be a secret.
+    #[error("in a URL {scheme}://...: {problem}")]
+    Part {
+        /// The scheme.
+        scheme: &'static str,
+        /// What is wrong.
+        problem: String,
+    },
     /// A `%` that is not followed by two hex digits, or gives a NUL.
     #[error("'{url}': bad percent-encoding")]
     Encoding {
@@ -65,6 +73,8 @@ pub enum UrlError {
 pub enum RepositoryUrl {
     /// A directory; a relative one is relative to the current directory.
     Dir(PathBuf),
+    /// A bucket of an object store.
+    S3(S3Place),
 }
 
 impl RepositoryUrl {
@@ -72,6 +82,7 @@ impl RepositoryUrl {
     pub fn open(&self) -> Arc<dyn Store> {
         match self {
             RepositoryUrl::Dir(path) => Arc::new(DirStore::new(path)),
+            RepositoryUrl::S3(place) => Arc::new(S3Store::new(place.clone())),
         }
     }
 }
@@ -101,6 +112,8 @@ impl FromStr for RepositoryUrl {
         let scheme = match lower.as_str() {
             "file" => "file",
             "cp" => "cp",
+            "s3" => return s3(rest).map(RepositoryUrl::S3),
+            "minio" => return minio(rest).map(RepositoryUrl::S3),
             _ => return Err(UrlError::UnknownScheme { scheme: scheme.chars().take(40).collect() }),
         };
         if !rest.starts_with('/') {
@@ -118,8 +131,140 @@ impl fmt::Display for RepositoryUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             RepositoryUrl::Dir(path) => path.display().fmt(f),
+            RepositoryUrl::S3(place) => place.fmt(f),
         }
     }
+}
+
+/// What follows `s3://`: `bucket[/prefix][?region=R&endpoint=URL]`.
+fn s3(rest: &str) -> Result<S3Place, UrlError> {
+    const SCHEME: &str = "s3";
+    let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
+    let (mut region, mut endpoint) = (None, None);
+    for (key, value) in pairs(SCHEME, query)? {
+        match key.as_str() {
+            "region" => region = Some(value),
+            "endpoint" => endpoint = Some(value),
+            _ => {
+                return Err(part(
+                    SCHEME,
+                    format!("unknown option '{}'; there are region and endpoint", shown(&key)),
+                ));
+            }
+        }
+    }
+    if let Some(endpoint) = &endpoint {
+        let host = endpoint.strip_prefix("http://").or_else(|| endpoint.strip_prefix("https://"));
+        match host {
+            Some(host) if host.contains('@') => return Err(secret(SCHEME)),
+            Some(host) if !host.is_empty() => {}
+            _ => {
+                return Err(part(
+                    SCHEME,
+                    "the endpoint is written http://host:port or https://host:port".into(),
+                ));
+            }
+        }
+    }
+    Ok(S3Place {
+        bucket: bucket_name(SCHEME, bucket)?,
+        prefix: key_prefix(SCHEME, prefix)?,
+        region,
+        endpoint,
+    })
+}
+
+/// What follows `minio://`: `host[:port]/bucket[/prefix][?tls=1]`.
+fn minio(rest: &str) -> Result<S3Place, UrlError> {
+    const SCHEME: &str = "minio";
+    let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let (host, path) = place.split_once('/').unwrap_or((place, ""));
+    if host.contains('@') {
+        return Err(secret(SCHEME));
+    }
+    let port = host.rsplit_once(':').filter(|(_, port)| !port.ends_with(']')).map(|(_, port)| port);
+    if host.is_empty() || port.is_some_and(|port| port.parse::<u16>().is_err()) {
+        return Err(part(SCHEME, format!("'{}' is not host:port", shown(host))));
+    }
+    let (mut tls, mut region) = (false, None);
+    for (key, value) in pairs(SCHEME, query)? {
+        match (key.as_str(), value.as_str()) {
+            ("tls", "0" | "1") => tls = value == "1",
+            ("tls", _) => return Err(part(SCHEME, "tls is 0 or 1".into())),
+            ("region", _) => region = Some(value),
+            _ => {
+                return Err(part(
+                    SCHEME,
+                    format!("unknown option '{}'; there are tls and region", shown(&key)),
+                ));
+            }
+        }
+    }
+    let (bucket, prefix) = path.split_once('/').unwrap_or((path, ""));
+    let endpoint = Some(format!("{}://{host}", if tls { "https" } else { "http" }));
+    Ok(S3Place {
+        bucket: bucket_name(SCHEME, bucket)?,
+        prefix: key_prefix(SCHEME, prefix)?,
+        region,
+        endpoint,
+    })
+}
+
+fn part(scheme: &'static str, problem: String) -> UrlError {
+    UrlError::Part { scheme, problem }
+}
+
+fn secret(scheme: &'static str) -> UrlError {
+    part(
+        scheme,
+        "there is an '@': credentials don't belong in a URL, they come from where the AWS tools keep them"
+            .into(),
+    )
+}
+
+/// As much of a user's text as an error repeats.
+fn shown(text: &str) -> String {
+    text.chars().take(40).collect()
+}
+
+fn text(scheme: &'static str, encoded: &str) -> Result<String, UrlError> {
+    percent_decode(encoded)
+        .and_then(|bytes| String::from_utf8(bytes).ok())
+        .ok_or_else(|| part(scheme, "bad percent-encoding".into()))
+}
+
+fn pairs(scheme: &'static str, query: &str) -> Result<Vec<(String, String)>, UrlError> {
+    let options = query.split('&').filter(|option| !option.is_empty());
+    options
+        .map(|option| {
+            let (key, value) = option.split_once('=').unwrap_or((option, ""));
+            Ok((text(scheme, key)?, text(scheme, value)?))
+        })
+        .collect()
+}
+
+/// 3 to 63 lower-case letters, digits, dots and dashes; older buckets have upper case and underlines too.
+fn bucket_name(scheme: &'static str, encoded: &str) -> Result<String, UrlError> {
+    if encoded.contains('@') {
+        return Err(secret(scheme));
+    }
+    let name = text(scheme, encoded)?;
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
+    match (3..=255).contains(&name.len()) && name.bytes().all(legal) {
+        true => Ok(name),
+        false if name.is_empty() => Err(part(scheme, "the bucket is missing".into())),
+        false => Err(part(scheme, format!("'{}' can't be a bucket's name", shown(&name)))),
+    }
+}
+
+/// The empty prefix, or one that ends in a slash.
+fn key_prefix(scheme: &'static str, encoded: &str) -> Result<String, UrlError> {
+    let prefix = text(scheme, encoded.trim_end_matches('/'))?;
+    if prefix.split('/').any(|segment| matches!(segment, "." | "..")) || prefix.contains("//") {
+        return Err(part(scheme, "the prefix has an empty part, a '.' or a '..'".into()));
+    }
+    Ok(if prefix.is_empty() { prefix } else { prefix + "/" })
 }
 
 fn percent_decode(text: &str) -> Option<Vec<u8>> {
@@ -147,7 +292,7 @@ mod tests {
     use super::*;
 
     fn dir(url: &str) -> PathBuf {
-        let RepositoryUrl::Dir(path) = url.parse().unwrap();
+        let RepositoryUrl::Dir(path) = url.parse().unwrap() else { panic!("{url} is a bucket") };
         path
     }
 
@@ -167,11 +312,55 @@ mod tests {
     }
 
     #[test]
+    fn buckets_are_read_in_all_their_forms() {
+        let place = |bucket: &str, prefix: &str, region: Option<&str>, endpoint: Option<&str>| S3Place {
+            bucket: bucket.into(),
+            prefix: prefix.into(),
+            region: region.map(Into::into),
+            endpoint: endpoint.map(Into::into),
+        };
+        for (url, expected) in [
+            ("s3://data", place("data", "", None, None)),
+            ("s3://data/", place("data", "", None, None)),
+            ("s3://data/a/b%20c/", place("data", "a/b c/", None, None)),
+            ("S3://data/a?region=eu-west-1", place("data", "a/", Some("eu-west-1"), None)),
+            (
+                "s3://data/a?region=r&endpoint=https%3A%2F%2F[::1]:9000",
+                place("data", "a/", Some("r"), Some("https://[::1]:9000")),
+            ),
+            ("minio://10.0.0.1:9000/data/x", place("data", "x/", None, Some("http://10.0.0.1:9000"))),
+            ("minio://[fd00::1]/data?tls=1", place("data", "", None, Some("https://[fd00::1]"))),
+        ] {
+            assert_eq!(url.parse(), Ok(RepositoryUrl::S3(expected)), "{url}");
+        }
+    }
+
+    #[test]
+    fn a_secret_in_a_url_is_refused_and_not_repeated() {
+        for url in [
+            "s3://AKIAKEY:hunter2@data/x",
+            "minio://user:hunter2@host:9000/data",
+            "s3://data?endpoint=http://user:hunter2@host:9000",
+        ] {
+            let error = url.parse::<RepositoryUrl>().unwrap_err().to_string();
+            assert!(error.contains("credentials don't belong in a URL"), "{error}");
+            assert!(!error.contains("hunter2"), "{error}");
+        }
+    }
+
+    #[test]
     fn what_this_build_can_not_open_is_said_plainly() {
         for (url, part) in [
             ("", "is empty"),
-            ("s3://bucket/x", "no s3 store"),
-            ("minio://h:9000/b", "no minio store"),
+            ("s3://", "the bucket is missing"),
+            ("s3://no such/x", "can't be a bucket's name"),
+            ("s3://bucket/a/../b", "'..'"),
+            ("s3://bucket?regoin=x", "unknown option 'regoin'; there are region and endpoint"),
+            ("s3://bucket?endpoint=host:80", "http://host:port"),
+            ("s3://bucket/%zz", "percent-encoding"),
+            ("minio://h:9000", "the bucket is missing"),
+            ("minio://h:port/bucket", "'h:port' is not host:port"),
+            ("minio://h:9000/bucket?tls=yes", "tls is 0 or 1"),
             ("scp://user@host:/dir", "no scp store"),
             ("sftp://host/dir", "no sftp store"),
             ("gopher://x", "unknown scheme 'gopher'; known forms: /dir, file:///dir"),
@@ -193,6 +382,8 @@ mod tests {
         fn no_string_panics(url in "\\PC{0,60}", tail in "[%0-9a-fA-F/é]{0,20}") {
             let _ = url.parse::<RepositoryUrl>();
             let _ = format!("file:///{tail}").parse::<RepositoryUrl>();
+            let _ = format!("s3://{tail}/{tail}?endpoint={tail}&{tail}").parse::<RepositoryUrl>();
+            let _ = format!("minio://{tail}/{tail}?{tail}").parse::<RepositoryUrl>();
         }
     }
 }

@@ -9,6 +9,7 @@ mod image;
 mod server;
 mod tmpfs;
 pub mod tree;
+pub mod weed;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};

@@ -40,6 +40,12 @@ impl Serve {
         Serve::new(&image.repo(), &image.state()).name("disk")
     }
 
+    /// With credentials for an object store, and nothing else the AWS tools keep.
+    pub fn credentials(mut self, access: &str, secret: &str) -> Serve {
+        super::weed::with_credentials(&mut self.command, access, secret);
+        self
+    }
+
     /// A server of a repository; what it serves is to be added.
     pub fn new(repo: &Path, state: &Path) -> Serve {
         let mut command = Command::new(env!("CARGO_BIN_EXE_horcrux-nbd"));

@@ -1,0 +1,56 @@
+//! An SDK client for a place: credentials from where the AWS tools keep them, one attempt a call.
+
+use std::time::Duration;
+
+use aws_config::{BehaviorVersion, Region};
+use aws_sdk_s3::Client;
+use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::timeout::TimeoutConfig;
+use aws_sdk_s3::config::{
+    RequestChecksumCalculation, ResponseChecksumValidation, StalledStreamProtectionConfig,
+};
+use aws_smithy_http_client::tls::Provider;
+use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
+
+use super::place::S3Place;
+
+/// For a server to take a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// For the first byte of an answer, the request's own body included: parts of an upload are small for this reason.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
+/// A body that does not move for so long is given up.
+const STALL_GRACE: Duration = Duration::from_secs(10);
+/// What servers that are not Amazon's are told where nobody says otherwise: signatures need some region.
+const FALLBACK_REGION: &str = "us-east-1";
+/// Attempts at a request that changes nothing if made twice; the waits between them grow and are random.
+const ATTEMPTS: u32 = 4;
+
+/// The client. Reads the environment and files of the AWS tools; asks nobody yet.
+pub(super) async fn client(place: &S3Place) -> Client {
+    let http =
+        aws_smithy_http_client::Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
+    let timeouts =
+        TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).read_timeout(READ_TIMEOUT).build();
+    let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12())
+        .http_client(http)
+        .timeout_config(timeouts)
+        .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS))
+        .stalled_stream_protection(
+            StalledStreamProtectionConfig::enabled().grace_period(STALL_GRACE).build(),
+        );
+    if let Some(region) = &place.region {
+        loader = loader.region(Region::new(region.clone()));
+    }
+    let shared = loader.load().await;
+    let mut config = aws_sdk_s3::config::Builder::from(&shared)
+        // Not every server knows the newer checksums; content is checked against its hash anyway.
+        .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
+        .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
+    if shared.region().is_none() {
+        config = config.region(Region::new(FALLBACK_REGION));
+    }
+    if let Some(endpoint) = &place.endpoint {
+        config = config.endpoint_url(endpoint).force_path_style(true);
+    }
+    Client::from_conf(config.build())
+}

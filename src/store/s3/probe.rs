@@ -1,0 +1,113 @@
+//! Finds out whether a server keeps its conditions.
+//!
+//! Some servers know no conditional PUT, and some take the header, ignore it and answer 200: on those, two writers would overwrite each other's refs
+//! and both be told they won. So before this process writes anything, it tries: with an object of its own, alone and in a race.
+
+use aws_sdk_s3::Client;
+use aws_sdk_s3::primitives::ByteStream;
+use futures_util::future::join_all;
+
+use super::super::{Key, StoreError};
+use super::error::{Answer, answer, store_error};
+use super::place::S3Place;
+
+/// Keys below this are probes; one that a crash left is nobody's.
+pub(super) const PROBES: &str = "probe";
+/// Writers of one race.
+const RACERS: usize = 8;
+
+/// How the server wants the tag in If-Match.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TagForm {
+    /// As it gave it, in quotes.
+    Quoted,
+    /// Without them (Ceph RGW before 17).
+    Bare,
+}
+
+impl TagForm {
+    pub(super) fn of(self, tag: &str) -> &str {
+        match self {
+            TagForm::Quoted => tag,
+            TagForm::Bare => tag.trim_matches('"'),
+        }
+    }
+}
+
+/// Tries the conditions; how they have to be written, or that they are not kept.
+pub(super) async fn conditions(
+    client: &Client,
+    place: &S3Place,
+    store: &str,
+    id: uuid::Uuid,
+) -> Result<TagForm, StoreError> {
+    let key = Key::new(&format!("{PROBES}/{id}"))?;
+    let probe = Probe { client, place, store, key };
+    let found = probe.run().await;
+    // Best effort: a probe left behind is skipped by whoever lists.
+    let _ = client.delete_object().bucket(&place.bucket).key(probe.name()).send().await;
+    found
+}
+
+struct Probe<'p> {
+    client: &'p Client,
+    place: &'p S3Place,
+    store: &'p str,
+    key: Key,
+}
+
+/// `None`: the condition did not hold.
+type Tried = Result<Option<String>, StoreError>;
+
+impl Probe<'_> {
+    fn name(&self) -> String {
+        format!("{}{}", self.place.prefix, self.key)
+    }
+
+    async fn run(&self) -> Result<TagForm, StoreError> {
+        let raced = join_all((0..RACERS).map(|racer| self.put(None, format!("racer {racer}")))).await;
+        let mut tags = Vec::new();
+        for tried in raced {
+            match tried {
+                Ok(Some(tag)) => tags.push(tag),
+                Ok(None) => {}
+                // Told to come again later while another one was at it: it did not win.
+                Err(error) if error.is_transient() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let [tag] = tags.as_slice() else { return Err(self.ignored("If-None-Match")) };
+        if self.put(None, "again".into()).await?.is_some() {
+            return Err(self.ignored("If-None-Match"));
+        }
+        let wrong = "\"00000000000000000000000000000000\"";
+        for form in [TagForm::Quoted, TagForm::Bare] {
+            if self.put(Some(form.of(wrong)), "wrong".into()).await?.is_some() {
+                return Err(self.ignored("If-Match"));
+            }
+            let Some(new) = self.put(Some(form.of(tag)), "right".into()).await? else { continue };
+            if self.put(Some(form.of(tag)), "stale".into()).await?.is_some() || new == *tag {
+                return Err(self.ignored("If-Match"));
+            }
+            return Ok(form);
+        }
+        Err(self.ignored("If-Match"))
+    }
+
+    async fn put(&self, expected: Option<&str>, body: String) -> Tried {
+        let request = self.client.put_object().bucket(&self.place.bucket).key(self.name());
+        let request = match expected {
+            Some(tag) => request.if_match(tag),
+            None => request.if_none_match("*"),
+        };
+        match request.body(ByteStream::from(body.into_bytes())).send().await {
+            Ok(done) => Ok(Some(done.e_tag().unwrap_or_default().to_owned())),
+            Err(error) if answer(&error) == Answer::Precondition => Ok(None),
+            Err(error) => Err(store_error(self.store, "write", &self.key, &error)),
+        }
+    }
+
+    fn ignored(&self, condition: &'static str) -> StoreError {
+        StoreError::NoConditions { store: self.store.into(), condition }
+    }
+}

@@ -1,0 +1,234 @@
+//! The S3 store on a real server, through the commands users type, and what they are told when it can't work.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
+
+#[path = "common/store_contract.rs"]
+mod contract;
+mod harness;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use harness::weed::{ACCESS_KEY, BUCKET, SECRET_KEY, Weed, weed, with_credentials, without_credentials};
+use harness::{Image, Serve, cli, need, noise, run};
+use horcrux::store::{Key, S3Place, S3Store, Store};
+
+fn place(endpoint: String, prefix: &str) -> S3Place {
+    S3Place { bucket: BUCKET.into(), prefix: prefix.into(), region: None, endpoint: Some(endpoint) }
+}
+
+#[test]
+fn a_store_in_a_bucket_keeps_the_contract() {
+    if !weed() {
+        return;
+    }
+    let server = Weed::start();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
+    runtime.block_on(contract::run(|| async {
+        // Each with a client of its own, as another process would have.
+        let store = S3Store::with_client(place(server.endpoint(), "a/b/"), server.client());
+        Arc::new(store) as Arc<dyn Store>
+    }));
+    // And objects of many parts.
+    runtime.block_on(async {
+        let store = S3Store::with_client(place(server.endpoint(), "parts/"), server.client());
+        let body = noise(3, 40 << 20);
+        for _ in 0..2 {
+            let mut upload = store.begin().await.unwrap();
+            for piece in body.chunks(3 << 20) {
+                upload.write(piece.to_vec().into()).await.unwrap();
+            }
+            upload.finish(&Key::new("big").unwrap()).await.unwrap();
+        }
+        let key = Key::new("big").unwrap();
+        let got = store.get_range(&key, 0..body.len() as u64).await.unwrap();
+        assert!(got == body, "what came back is not what went up");
+    });
+}
+
+/// `image-from-file` of `raw` into `repo`.
+fn store_image(raw: &Path, repo: &str, credentials: Option<(&str, &str)>) -> harness::Ran {
+    let mut cli = cli();
+    cli.args(["image-from-file", "-s", "1M", "disk"]).arg(raw).arg(repo);
+    match credentials {
+        Some((access, secret)) => with_credentials(&mut cli, access, secret),
+        None => without_credentials(&mut cli),
+    }
+    run(&mut cli)
+}
+
+#[test]
+fn an_image_in_a_bucket_is_served_and_reads_as_its_source() {
+    if !weed() || !need(&["nbdcopy", "qemu-io"]) {
+        return;
+    }
+    let server = Weed::start();
+    let image = Image::sparse();
+    let url = server.url("team/repo");
+    let said = store_image(&image.raw_file(), &url, Some((ACCESS_KEY, SECRET_KEY))).ok();
+    assert!(said.contains("stored as"), "{said}");
+    let again = store_image(&image.raw_file(), &url, Some((ACCESS_KEY, SECRET_KEY))).ok();
+    assert!(again.contains("unchanged"), "{again}");
+
+    let state = image.dir().join("remote");
+    let serve =
+        || Serve::new(Path::new(&url), &state).name("disk").credentials(ACCESS_KEY, SECRET_KEY).start();
+    let disk = serve();
+    let copy = image.dir().join("copy");
+    run(Command::new("nbdcopy").arg(disk.uri("disk")).arg(&copy)).ok();
+    assert!(std::fs::read(&copy).unwrap() == image.raw, "the copy differs");
+    let write = ["-f", "raw", "-c", "write -P 0x42 1M 64k", "-c", "flush"];
+    run(Command::new("qemu-io").args(write).arg(disk.uri("disk"))).ok();
+    disk.stop();
+    let disk = serve();
+    run(Command::new("qemu-io").args(["-f", "raw", "-c", "read -P 0x42 1M 64k"]).arg(disk.uri("disk"))).ok();
+    let log = disk.log();
+    disk.stop();
+
+    // The same bytes as in a directory: made there, copied object by object.
+    let objects = image.objects("blocks").len();
+    assert!(objects > 0 && !log.contains(SECRET_KEY) && !log.contains(ACCESS_KEY), "{log}");
+    for file in files_below(&state) {
+        let bytes = std::fs::read(&file).unwrap();
+        for secret in [SECRET_KEY, ACCESS_KEY] {
+            let found = bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
+            assert!(!found, "{} holds {secret}", file.display());
+        }
+    }
+}
+
+fn files_below(dir: &Path) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
+            match entry.file_type().unwrap() {
+                kind if kind.is_dir() => dirs.push(entry.path()),
+                kind if kind.is_file() => found.push(entry.path()),
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn what_is_wrong_with_a_bucket_or_its_credentials_is_said_in_one_line() {
+    if !weed() {
+        return;
+    }
+    let server = Weed::start();
+    let image = Image::of(noise(1, 1 << 20));
+    let raw = image.raw_file();
+    let good = Some((ACCESS_KEY, SECRET_KEY));
+    let place = format!("s3://{BUCKET}/r/ at {}", server.endpoint());
+    let refused = |url: &str, credentials| {
+        let said = store_image(&raw, url, credentials).refused();
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(!said.contains(SECRET_KEY) && !said.contains("wr0ng"), "{said}");
+        said
+    };
+    assert_eq!(
+        refused(&server.url("r").replace(BUCKET, "nowhere"), good),
+        format!(
+            "error: s3://nowhere/r/ at {}: there is no such bucket; hint: make it, or look at the name and the region\n",
+            server.endpoint()
+        )
+    );
+    assert_eq!(
+        refused(&server.url("r"), Some((ACCESS_KEY, "wr0ng"))),
+        format!("error: {place}: the server does not take these credentials (SignatureDoesNotMatch)\n")
+    );
+    assert_eq!(
+        refused(&server.url("r"), Some(("NOBODY", "wr0ng"))),
+        format!("error: {place}: the server does not take these credentials (InvalidAccessKeyId)\n")
+    );
+    assert_eq!(
+        refused(&server.url("r"), None),
+        format!(
+            "error: {place}: no credentials; hint: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run 'aws configure'\n"
+        )
+    );
+    let stranger = tokio::runtime::Runtime::new().unwrap();
+    let client = server.client();
+    stranger
+        .block_on(client.put_object().bucket(BUCKET).key("r/letter.txt").body(vec![1].into()).send())
+        .unwrap();
+    let said = refused(&server.url("r"), good);
+    assert!(said.contains("is not empty and not a repository: it holds 'letter.txt'"), "{said}");
+}
+
+/// A server that answers 200 to every PUT, whatever it was told to make sure of before: several real ones do.
+fn ignores_conditions(stop: Arc<AtomicBool>) -> (u16, std::thread::JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let accepting = std::thread::spawn(move || {
+        let mut serving = Vec::new();
+        for stream in listener.incoming() {
+            if stop.load(Ordering::SeqCst) {
+                break;
+            }
+            serving.push(std::thread::spawn(move || {
+                let mut stream = BufReader::new(stream.unwrap());
+                let mut etag = 0;
+                loop {
+                    let (mut request, mut length) = (String::new(), 0);
+                    loop {
+                        let mut line = String::new();
+                        if stream.read_line(&mut line).unwrap_or(0) == 0 {
+                            return;
+                        }
+                        let line = line.trim_end().to_ascii_lowercase();
+                        if let Some(value) = line.strip_prefix("content-length:") {
+                            length = value.trim().parse().unwrap();
+                        }
+                        if line.is_empty() {
+                            break;
+                        }
+                        request += &(line + "\n");
+                    }
+                    stream.read_exact(&mut vec![0; length]).unwrap();
+                    etag += 1;
+                    let answer = if request.starts_with("put") {
+                        format!("HTTP/1.1 200 OK\r\netag: \"{etag:032x}\"\r\ncontent-length: 0\r\n\r\n")
+                    } else if request.starts_with("delete") {
+                        "HTTP/1.1 204 No Content\r\n\r\n".into()
+                    } else if request.contains("list-type=2") {
+                        let body = "<?xml version=\"1.0\"?><ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>";
+                        format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+                    } else {
+                        let body = "<?xml version=\"1.0\"?><Error><Code>NoSuchKey</Code></Error>";
+                        format!("HTTP/1.1 404 Not Found\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+                    };
+                    if stream.get_mut().write_all(answer.as_bytes()).is_err() {
+                        return;
+                    }
+                }
+            }));
+        }
+        serving.into_iter().for_each(|thread| thread.join().unwrap());
+    });
+    (port, accepting)
+}
+
+#[test]
+fn a_server_that_ignores_conditions_is_found_out_before_anything_is_written() {
+    let stop = Arc::new(AtomicBool::new(false));
+    let (port, accepting) = ignores_conditions(stop.clone());
+    let image = Image::of(noise(1, 1 << 20));
+    let url = format!("minio://127.0.0.1:{port}/volumes/r");
+    let said = store_image(&image.raw_file(), &url, Some(("any", "thing"))).refused();
+    assert_eq!(
+        said,
+        format!(
+            "error: s3://volumes/r/ at http://127.0.0.1:{port}: the server does not keep If-None-Match, so writers could overwrite each other \
+             unseen; nothing is written there\n"
+        )
+    );
+    stop.store(true, Ordering::SeqCst);
+    drop(std::net::TcpStream::connect(("127.0.0.1", port)));
+    accepting.join().unwrap();
+}
