@@ -136,10 +136,10 @@ fn run_sequence(seed: u64) {
                 },
                 35 => {
                     // A sync fails, or the server is killed at one; the next server goes on from what the kernel shows.
-                    if dice.below(2) == 0 {
-                        disk.fail_next_sync(&mut dice);
-                    } else {
-                        disk.kill_at_next_sync();
+                    match dice.below(3) {
+                        0 => disk.fail_next_sync(&mut dice),
+                        1 => disk.kill_at_next_sync(None),
+                        _ => disk.kill_at_next_sync(Some(&mut dice)),
                     }
                     if delta.flush().is_ok() {
                         model.flushed();

@@ -58,7 +58,7 @@ fn a_commit_that_only_the_page_cache_has_is_made_durable_before_its_slots_are_us
         delta.flush().unwrap();
         delta.zero(PageIndex(0), 1).unwrap();
         // The frame is in the file, the sync does not happen.
-        disk.kill_at_next_sync();
+        disk.kill_at_next_sync(None);
         delta.flush().unwrap_err();
         drop(delta);
 
@@ -83,10 +83,20 @@ fn a_commit_whose_fsync_failed_is_not_believed_by_the_next_server() {
         delta.write(PageIndex(0), &[1; PAGE]).unwrap();
         delta.flush().unwrap();
         delta.zero(PageIndex(0), 1).unwrap();
-        disk.fail_next_sync(&mut dice);
+        if seed % 2 == 0 {
+            disk.fail_next_sync(&mut dice);
+        } else {
+            // And the server is killed before it hears of it.
+            disk.kill_at_next_sync(Some(&mut dice));
+        }
         delta.flush().unwrap_err();
         drop(delta);
 
+        if seed % 3 == 0 {
+            // The first server that opens it meets a failure too, the second does not.
+            disk.fail_next_sync(&mut dice);
+            assert!(Layer::open(disk.dir(), &identity()).is_err(), "seed {seed}");
+        }
         let delta = open(&disk);
         // Takes the slot of page 0, if the server believes that page 0 is zero.
         delta.write(PageIndex(1), &[2; PAGE]).unwrap();

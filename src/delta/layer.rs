@@ -157,16 +157,13 @@ impl Layer {
                 return Err(damaged(log.len(), "two pages claim one slot"));
             }
         }
-        // A server that was killed may have left commits, or the log's name itself, in the kernel's memory alone. The slots
-        // they let go are used again from now on (rule 2), so they must not be undone by a power cut.
-        let durable = if replayed.torn { Ok(()) } else { log.make_durable(&*dir) };
-        if let Err(error) = &durable {
-            tracing::warn!(%error, "the delta's log is written anew");
-        }
-        if replayed.torn || durable.is_err() {
-            // Under a new generation the torn frames can never be read again, whatever is appended where they lie; and pages the
-            // kernel gave up on are written once more.
+        if replayed.torn {
+            // Under a new generation the torn frames can never be read again, whatever is appended where they lie.
             log = Log::write_new(&*dir, log.next_header(), pages.records())?;
+        } else {
+            // A server that was killed may have left a commit, or the log's name itself, in the kernel's memory alone. The slots
+            // it let go are used again from now on (rule 2), so it must not be undone by a power cut.
+            log.make_durable(&*dir)?;
         }
         // Slots past the last one named were taken by writes that were never flushed.
         let named_len = Slot(slots.len()).offset();

@@ -23,6 +23,8 @@ pub struct Log {
     header: MapHeader,
     end: u64,
     next_sequence: u64,
+    /// Where the last commit starts: what lies before it was synced before it was appended.
+    last_commit: u64,
 }
 
 /// What a replay found at the end of the log.
@@ -43,7 +45,7 @@ impl Log {
         let failed = |action| move |source| DeltaError::io(action, dir.describe(NEW_MAP_FILE), source);
         let written = (|| {
             let file = dir.create(NEW_MAP_FILE).map_err(failed("create"))?;
-            let mut log = Log { file, header, end: 0, next_sequence: 1 };
+            let mut log = Log { file, header, end: 0, next_sequence: 1, last_commit: 0 };
             let mut buffer = log.header.encode().to_vec();
             let mut frame = Vec::with_capacity(MAX_FRAME_RECORDS);
             let mut records = records.peekable();
@@ -69,6 +71,7 @@ impl Log {
             log.file.write_at(&buffer, log.end).map_err(failed("write"))?;
             log.end += buffer.len() as u64;
             log.file.sync().map_err(failed("sync"))?;
+            log.last_commit = log.end;
             Ok(log)
         })();
         let log = written.inspect_err(|_| {
@@ -78,7 +81,12 @@ impl Log {
         dir.rename(NEW_MAP_FILE, MAP_FILE).map_err(failed("rename"))?;
         if let Err(source) = dir.sync() {
             log.spoil();
-            return Err(failed("sync the directory of")(source));
+            // Whatever it was, full or not: the old log has no name any more, so going on with it is no way out.
+            return Err(DeltaError::Io {
+                action: "sync the directory of",
+                path: dir.describe(MAP_FILE),
+                source,
+            });
         }
         Ok(log)
     }
@@ -100,7 +108,7 @@ impl Log {
         let mut commit_first = 1;
         let mut sequence = 1;
         let mut at = MAP_HEADER_LEN as u64;
-        let mut log = Log { end: at, next_sequence: 1, header, file };
+        let mut log = Log { end: at, next_sequence: 1, header, file, last_commit: at };
         while let Some(frame) = log.read_frame(at, len).map_err(failed("read"))? {
             let Some((head, records, more)) = decode_frame(&frame, log.header.seal()) else { break };
             if head.sequence != sequence || head.commit != commit_first {
@@ -114,6 +122,7 @@ impl Log {
                     apply(record, log.end)?;
                 }
                 commit_first = sequence;
+                log.last_commit = log.end;
                 (log.end, log.next_sequence) = (at, sequence);
             }
         }
@@ -186,7 +195,7 @@ impl Log {
             self.spoil();
             return Err(error);
         }
-        (self.end, self.next_sequence) = (appended.end, appended.next_sequence);
+        (self.last_commit, self.end, self.next_sequence) = (self.end, appended.end, appended.next_sequence);
         Ok(())
     }
 
@@ -201,8 +210,20 @@ impl Log {
     }
 
     /// Makes what was found by a replay durable, and the log's name.
+    ///
+    /// The last commit is written once more, as it is: the sync it was appended for may have failed for a server that was killed before it
+    /// could say so, and then its pages are clean in memory, not on the disk, and a sync alone would do nothing. Whatever lies before it was
+    /// synced with success before it was appended. A power cut in between finds each sector old or new, which is the same.
     pub fn make_durable(&self, dir: &dyn Dir) -> Result<(), DeltaError> {
         let failed = |action| move |source| DeltaError::io(action, dir.describe(MAP_FILE), source);
+        let mut at = self.last_commit;
+        let mut bytes = vec![0; WRITE_BUFFER.min((self.end - at) as usize)];
+        while at < self.end {
+            let len = bytes.len().min((self.end - at) as usize);
+            self.file.read_at(&mut bytes[..len], at).map_err(failed("read"))?;
+            self.file.write_at(&bytes[..len], at).map_err(failed("write"))?;
+            at += len as u64;
+        }
         self.file.sync().map_err(failed("sync"))?;
         dir.sync().map_err(failed("sync the directory of"))
     }

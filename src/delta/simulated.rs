@@ -106,11 +106,16 @@ impl State {
                 *left -= 1;
             }
         }
+        let fails = self.fail_next_sync.take();
         if std::mem::take(&mut self.kill_at_next_sync) {
             self.program += 1;
+            if fails.is_none() {
+                self.check_power(program)?;
+            }
+        } else {
+            self.check_power(program)?;
         }
-        self.check_power(program)?;
-        Ok(self.fail_next_sync.take())
+        if self.off { Err(io::Error::other("the power is off")) } else { Ok(fails) }
     }
 }
 
@@ -148,9 +153,12 @@ impl SimulatedDisk {
         self.state.lock().fail_next_sync = Some(Dice(dice.below(u64::MAX)));
     }
 
-    /// Kills the program just before its next sync takes effect: whatever it has open fails from then on.
-    pub fn kill_at_next_sync(&self) {
-        self.state.lock().kill_at_next_sync = true;
+    /// Kills the program just before its next sync takes effect: whatever it has open fails from then on. With `lose`, that sync failed too, as
+    /// [`SimulatedDisk::fail_next_sync`] has it, and nobody was left to be told.
+    pub fn kill_at_next_sync(&self, lose: Option<&mut Dice>) {
+        let mut state = self.state.lock();
+        state.kill_at_next_sync = true;
+        state.fail_next_sync = lose.map(|dice| Dice(dice.below(u64::MAX)));
     }
 
     /// Whether the power has gone.

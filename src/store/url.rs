@@ -139,6 +139,10 @@ impl fmt::Display for RepositoryUrl {
 /// What follows `s3://`: `bucket[/prefix][?region=R&endpoint=URL]`.
 fn s3(rest: &str) -> Result<S3Place, UrlError> {
     const SCHEME: &str = "s3";
+    // In all of it: a secret may have a slash or a question mark in it.
+    if rest.contains('@') {
+        return Err(secret(SCHEME));
+    }
     let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
     let (mut region, mut endpoint) = (None, None);
@@ -157,6 +161,7 @@ fn s3(rest: &str) -> Result<S3Place, UrlError> {
     if let Some(endpoint) = &endpoint {
         let host = endpoint.strip_prefix("http://").or_else(|| endpoint.strip_prefix("https://"));
         match host {
+            // It came as %40.
             Some(host) if host.contains('@') => return Err(secret(SCHEME)),
             Some(host) if !host.is_empty() => {}
             _ => {
@@ -178,11 +183,11 @@ fn s3(rest: &str) -> Result<S3Place, UrlError> {
 /// What follows `minio://`: `host[:port]/bucket[/prefix][?tls=1]`.
 fn minio(rest: &str) -> Result<S3Place, UrlError> {
     const SCHEME: &str = "minio";
-    let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
-    let (host, path) = place.split_once('/').unwrap_or((place, ""));
-    if host.contains('@') {
+    if rest.contains('@') {
         return Err(secret(SCHEME));
     }
+    let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let (host, path) = place.split_once('/').unwrap_or((place, ""));
     let port = host.rsplit_once(':').filter(|(_, port)| !port.ends_with(']')).map(|(_, port)| port);
     if host.is_empty() || port.is_some_and(|port| port.parse::<u16>().is_err()) {
         return Err(part(SCHEME, format!("'{}' is not host:port", shown(host))));
@@ -246,9 +251,6 @@ fn pairs(scheme: &'static str, query: &str) -> Result<Vec<(String, String)>, Url
 
 /// 3 to 63 lower-case letters, digits, dots and dashes; older buckets have upper case and underlines too.
 fn bucket_name(scheme: &'static str, encoded: &str) -> Result<String, UrlError> {
-    if encoded.contains('@') {
-        return Err(secret(scheme));
-    }
     let name = text(scheme, encoded)?;
     let legal = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
     match (3..=255).contains(&name.len()) && name.bytes().all(legal) {
@@ -261,7 +263,10 @@ fn bucket_name(scheme: &'static str, encoded: &str) -> Result<String, UrlError> 
 /// The empty prefix, or one that ends in a slash.
 fn key_prefix(scheme: &'static str, encoded: &str) -> Result<String, UrlError> {
     let prefix = text(scheme, encoded.trim_end_matches('/'))?;
-    if prefix.split('/').any(|segment| matches!(segment, "." | "..")) || prefix.contains("//") {
+    if prefix.starts_with('/')
+        || prefix.split('/').any(|segment| matches!(segment, "." | ".."))
+        || prefix.contains("//")
+    {
         return Err(part(scheme, "the prefix has an empty part, a '.' or a '..'".into()));
     }
     Ok(if prefix.is_empty() { prefix } else { prefix + "/" })
@@ -339,7 +344,10 @@ mod tests {
     fn a_secret_in_a_url_is_refused_and_not_repeated() {
         for url in [
             "s3://AKIAKEY:hunter2@data/x",
+            "s3://AKIAKEY:hunt/hunter2@data/x",
             "minio://user:hunter2@host:9000/data",
+            "minio://user:hunter2/more@host:9000/data",
+            "s3://data?endpoint=http://user:hunter2%40host:9000",
             "s3://data?endpoint=http://user:hunter2@host:9000",
         ] {
             let error = url.parse::<RepositoryUrl>().unwrap_err().to_string();

@@ -4,6 +4,7 @@
 //! and both be told they won. So before this process writes anything, it tries: with an object of its own, alone and in a race.
 
 use aws_sdk_s3::Client;
+use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::primitives::ByteStream;
 use futures_util::future::join_all;
 
@@ -67,16 +68,22 @@ impl Probe<'_> {
     async fn run(&self) -> Result<TagForm, StoreError> {
         let raced = join_all((0..RACERS).map(|racer| self.put(None, format!("racer {racer}")))).await;
         let mut tags = Vec::new();
+        let mut unanswered = None;
         for tried in raced {
             match tried {
                 Ok(Some(tag)) => tags.push(tag),
                 Ok(None) => {}
                 // Told to come again later while another one was at it: it did not win.
-                Err(error) if error.is_transient() => {}
+                Err(error) if error.is_transient() => unanswered = Some(error),
                 Err(error) => return Err(error),
             }
         }
-        let [tag] = tags.as_slice() else { return Err(self.ignored("If-None-Match")) };
+        let tag = match (tags.as_slice(), unanswered) {
+            ([tag], _) => tag,
+            // One of those may have won and not heard of it.
+            ([], Some(error)) => return Err(error),
+            _ => return Err(self.ignored("If-None-Match")),
+        };
         if self.put(None, "again".into()).await?.is_some() {
             return Err(self.ignored("If-None-Match"));
         }
@@ -100,7 +107,10 @@ impl Probe<'_> {
             Some(tag) => request.if_match(tag),
             None => request.if_none_match("*"),
         };
-        match request.body(ByteStream::from(body.into_bytes())).send().await {
+        // Once: a second attempt would lose against the first.
+        let once = aws_sdk_s3::config::Builder::new().retry_config(RetryConfig::disabled());
+        let request = request.body(ByteStream::from(body.into_bytes()));
+        match request.customize().config_override(once).send().await {
             Ok(done) => Ok(Some(done.e_tag().unwrap_or_default().to_owned())),
             Err(error) if answer(&error) == Answer::Precondition => Ok(None),
             Err(error) => Err(store_error(self.store, "write", &self.key, &error)),
