@@ -121,11 +121,14 @@ fn writes_that_had_to_wait_are_done_though_their_client_disconnects_and_closes_a
     // Parts of pages: what is around them must be fetched first.
     faults.always(Method::GetRange, "", Fault::Slow(Duration::from_millis(300)));
     let mut stream = connect(&socket);
-    for page in 0..8u64 {
+    // More than are taken on at once, so that the disconnect is not seen before the client is gone.
+    const WRITES: u64 = 300;
+    const STEP: u64 = 3400;
+    for number in 0..WRITES {
         let mut write = Vec::from(0x2560_9513u32.to_be_bytes());
         write.extend([0, 0, 0, 1]);
-        write.extend(page.to_be_bytes());
-        write.extend((page * 100_000 + 10).to_be_bytes());
+        write.extend(number.to_be_bytes());
+        write.extend((number * STEP).to_be_bytes());
         write.extend(3u32.to_be_bytes());
         write.extend(b"new");
         stream.write_all(&write).unwrap();
@@ -137,8 +140,10 @@ fn writes_that_had_to_wait_are_done_though_their_client_disconnects_and_closes_a
     drop(stream);
     let delta = opened.device().delta().unwrap();
     let deadline = std::time::Instant::now() + Duration::from_secs(20);
-    while delta.data_pages() < 8 {
-        assert!(std::time::Instant::now() < deadline, "{} of 8 writes were done", delta.data_pages());
+    let pages = ((WRITES - 1) * STEP + 2) / 4096 + 1;
+    while delta.data_pages() < pages {
+        let done = delta.data_pages();
+        assert!(std::time::Instant::now() < deadline, "{done} of {pages} pages were written");
         std::thread::sleep(Duration::from_millis(10));
     }
     stop.cancel();

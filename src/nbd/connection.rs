@@ -113,8 +113,8 @@ struct Connection {
     unchecked: bool,
     /// The client's last request came right after the reply before.
     is_busy: bool,
-    /// The client said it disconnects and closed the socket: nobody takes replies any more.
-    is_unheard: bool,
+    /// The client closed the socket: nobody takes replies any more. How it would end if no disconnect were among what it sent before.
+    unheard: Option<End>,
 }
 
 /// Serves the client until it is done, vanishes, or `stop` is called (and [`super::peers::Peers::wake_all`] after it); then finishes what is in flight. Requests that must
@@ -154,7 +154,7 @@ pub fn run(
         finished: Arc::new(Mailbox::new()?),
         unchecked: true,
         is_busy: false,
-        is_unheard: false,
+        unheard: None,
     };
     connection.serve(stop)
 }
@@ -179,10 +179,7 @@ impl Connection {
                 reply::put(&mut self.output, self.replies, &request, outcome);
             }
             match self.send() {
-                Err(error) if is_gone(&error) => match self.gone() {
-                    Some(end) => return Ok(end),
-                    None => self.output = Output::default(),
-                },
+                Err(error) if is_gone(&error) => self.gone(),
                 other => other?,
             }
             if self.decoder.is_closed() {
@@ -206,29 +203,27 @@ impl Connection {
                 // A stop shuts the socket for reading; that is not the client.
                 Ok(false) if stop.is_cancelled() => {}
                 Ok(false) => return Ok(self.closed()),
-                Err(error) if is_gone(&error) => {
-                    if let Some(end) = self.gone() {
-                        return Ok(end);
-                    }
+                Err(error) if is_gone(&error) && wants_input && self.unheard.is_some() => {
+                    return Ok(self.closed());
                 }
+                Err(error) if is_gone(&error) => self.gone(),
                 Err(error) => return Err(error.into()),
             }
         }
     }
 
-    /// The client has closed the socket both ways: how that ends the connection. `None` after a disconnect, which asks for everything before
-    /// it to be done (NBD spec, "NBD_CMD_DISC"); it is, unless another connection's write fences it.
-    fn gone(&mut self) -> Option<End> {
-        if !self.decoder.is_closed() {
-            return Some(self.closed());
-        }
-        self.is_unheard = true;
-        None
+    /// The client has closed the socket both ways. What it sent before is still taken on, for there may be a disconnect behind it, which
+    /// asks for everything before it to be done (NBD spec, "NBD_CMD_DISC"); it is, unless another connection's write fences it.
+    fn gone(&mut self) {
+        let end = self.closed();
+        self.unheard.get_or_insert(end);
+        self.output = Output::default();
     }
 
     /// How it ends where the client closed the socket.
     fn closed(&self) -> End {
-        let idle = self.in_flight == 0
+        let idle = self.unheard != Some(End::Vanished)
+            && self.in_flight == 0
             && self.output.pending() == 0
             && self.input.is_empty()
             && matches!(self.receiving, Receiving::Header);
@@ -259,13 +254,13 @@ impl Connection {
             PollFd::new(&self.socket, events),
             PollFd::from_borrowed_fd(self.finished.bell(), PollFlags::IN),
         ];
-        // A socket that is closed would be told of again and again.
-        let asked_of = usize::from(self.is_unheard);
-        match poll(&mut asked[asked_of..], None) {
+        // A socket that is closed would be told of again and again, where nothing is wanted of it.
+        let only_the_bell = self.unheard.is_some() && !wants_input;
+        match poll(&mut asked[usize::from(only_the_bell)..], None) {
             Ok(_) | Err(SystemError::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        if self.is_unheard {
+        if only_the_bell {
             return Ok(true);
         }
         let happened = asked[0].revents();
