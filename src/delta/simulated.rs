@@ -106,16 +106,17 @@ impl State {
                 *left -= 1;
             }
         }
+        if self.off {
+            return self.check_power(program).map(|()| None);
+        }
         let fails = self.fail_next_sync.take();
         if std::mem::take(&mut self.kill_at_next_sync) {
             self.program += 1;
             if fails.is_none() {
-                self.check_power(program)?;
+                return self.check_power(program).map(|()| None);
             }
-        } else {
-            self.check_power(program)?;
         }
-        if self.off { Err(io::Error::other("the power is off")) } else { Ok(fails) }
+        Ok(fails)
     }
 }
 
