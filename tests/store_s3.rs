@@ -9,8 +9,8 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use harness::weed::{ACCESS_KEY, BUCKET, SECRET_KEY, Weed, weed, with_credentials, without_credentials};
 use harness::{Image, Serve, cli, need, noise, run};
@@ -88,9 +88,21 @@ fn an_image_in_a_bucket_is_served_and_reads_as_its_source() {
     let log = disk.log();
     disk.stop();
 
-    // The same bytes as in a directory: made there, copied object by object.
-    let objects = image.objects("blocks").len();
-    assert!(objects > 0 && !log.contains(SECRET_KEY) && !log.contains(ACCESS_KEY), "{log}");
+    // The same bytes as in a directory: base objects and map nodes, which no time or id is in.
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let store = S3Store::with_client(place(server.endpoint(), "team/repo/"), server.client());
+    let mut compared = 0;
+    for kind in ["blocks", "maps"] {
+        for file in image.objects(kind) {
+            let name = file.strip_prefix(image.repo()).unwrap().to_str().unwrap().to_owned();
+            let here = std::fs::read(&file).unwrap();
+            let there = runtime.block_on(store.get_range(&Key::new(&name).unwrap(), 0..here.len() as u64));
+            assert!(there.unwrap() == here, "{name} differs");
+            compared += 1;
+        }
+    }
+    assert!(compared > 8, "{compared} objects");
+    assert!(!log.contains(SECRET_KEY) && !log.contains(ACCESS_KEY), "{log}");
     for file in files_below(&state) {
         let bytes = std::fs::read(&file).unwrap();
         for secret in [SECRET_KEY, ACCESS_KEY] {
@@ -162,7 +174,10 @@ fn what_is_wrong_with_a_bucket_or_its_credentials_is_said_in_one_line() {
 }
 
 /// A server that answers 200 to every PUT, whatever it was told to make sure of before: several real ones do.
-fn ignores_conditions(stop: Arc<AtomicBool>) -> (u16, std::thread::JoinHandle<()>) {
+fn ignores_conditions(
+    stop: Arc<AtomicBool>,
+    put: Arc<Mutex<Vec<String>>>,
+) -> (u16, std::thread::JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let accepting = std::thread::spawn(move || {
@@ -171,6 +186,7 @@ fn ignores_conditions(stop: Arc<AtomicBool>) -> (u16, std::thread::JoinHandle<()
             if stop.load(Ordering::SeqCst) {
                 break;
             }
+            let put = put.clone();
             serving.push(std::thread::spawn(move || {
                 let mut stream = BufReader::new(stream.unwrap());
                 let mut etag = 0;
@@ -193,6 +209,7 @@ fn ignores_conditions(stop: Arc<AtomicBool>) -> (u16, std::thread::JoinHandle<()
                     stream.read_exact(&mut vec![0; length]).unwrap();
                     etag += 1;
                     let answer = if request.starts_with("put") {
+                        put.lock().unwrap().push(request.split(' ').nth(1).unwrap().to_owned());
                         format!("HTTP/1.1 200 OK\r\netag: \"{etag:032x}\"\r\ncontent-length: 0\r\n\r\n")
                     } else if request.starts_with("delete") {
                         "HTTP/1.1 204 No Content\r\n\r\n".into()
@@ -217,7 +234,8 @@ fn ignores_conditions(stop: Arc<AtomicBool>) -> (u16, std::thread::JoinHandle<()
 #[test]
 fn a_server_that_ignores_conditions_is_found_out_before_anything_is_written() {
     let stop = Arc::new(AtomicBool::new(false));
-    let (port, accepting) = ignores_conditions(stop.clone());
+    let put = Arc::new(Mutex::new(Vec::new()));
+    let (port, accepting) = ignores_conditions(stop.clone(), put.clone());
     let image = Image::of(noise(1, 1 << 20));
     let url = format!("minio://127.0.0.1:{port}/volumes/r");
     let said = store_image(&image.raw_file(), &url, Some(("any", "thing"))).refused();
@@ -231,4 +249,6 @@ fn a_server_that_ignores_conditions_is_found_out_before_anything_is_written() {
     stop.store(true, Ordering::SeqCst);
     drop(std::net::TcpStream::connect(("127.0.0.1", port)));
     accepting.join().unwrap();
+    let put = put.lock().unwrap();
+    assert!(!put.is_empty() && put.iter().all(|path| path.starts_with("/volumes/r/probe/")), "{put:?}");
 }

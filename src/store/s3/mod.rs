@@ -98,7 +98,23 @@ impl Inner {
     async fn len(&self, key: &Key) -> Result<u64, StoreError> {
         let head = self.client().await.head_object().bucket(&self.place.bucket).key(self.object(key));
         let head = head.send().await.map_err(|error| store_error(&self.name, "look at", key, &error))?;
-        Ok(head.content_length().and_then(|len| u64::try_from(len).ok()).unwrap_or(0))
+        self.told(key, "length", head.content_length().and_then(|len| u64::try_from(len).ok()))
+    }
+
+    /// What an answer must say, or the answer makes no sense.
+    fn told<T>(&self, key: &Key, what: &str, said: Option<T>) -> Result<T, StoreError> {
+        said.ok_or_else(|| StoreError::Remote {
+            store: self.name.clone(),
+            operation: "read",
+            key: key.to_string(),
+            why: format!("the server's answer has no {what}"),
+            transient: false,
+        })
+    }
+
+    /// A tag that a later swap can expect: an empty one would be no condition at all.
+    fn tag(&self, key: &Key, tag: Option<&str>) -> Result<Etag, StoreError> {
+        self.told(key, "ETag", tag.filter(|tag| !tag.trim_matches('"').is_empty())).map(Etag::new)
     }
 
     /// Reads a body of exactly `expected` bytes.
@@ -145,13 +161,11 @@ impl Inner {
         let get = self.client().await.get_object().bucket(&self.place.bucket).key(self.object(key));
         match get.range(format!("bytes={}-{}", range.start, range.end - 1)).send().await {
             Ok(got) => {
-                let len = got.content_length().and_then(|len| u64::try_from(len).ok());
-                if let Some(len) = len
-                    && len != expected
-                {
-                    // Shorter: the object ends there. Longer: the server knows no ranges.
-                    return Err(self.short(key, expected, len));
-                }
+                // Without it, it is not the range, whatever its length: the server knows no ranges.
+                let start = format!("bytes {}-", range.start);
+                let told = got.content_range().filter(|told| told.starts_with(&start));
+                self.told(key, "Content-Range from there", told)?;
+                // A body that is shorter is the end of the object.
                 self.body(key, got.body, expected).await
             }
             Err(error) if answer(&error) == Answer::Range => {
@@ -311,7 +325,8 @@ impl Store for S3Store {
         let inner = &self.inner;
         let get = inner.client().await.get_object().bucket(&inner.place.bucket).key(inner.object(key));
         let got = get.send().await.map_err(|error| store_error(&inner.name, "read", key, &error))?;
-        let len = got.content_length().and_then(|len| u64::try_from(len).ok()).unwrap_or(0);
+        let len = got.content_length().and_then(|len| u64::try_from(len).ok());
+        let len = inner.told(key, "length", len)?;
         if len > MAX_WHOLE_OBJECT {
             return Err(StoreError::TooLong {
                 store: inner.name.clone(),
@@ -320,7 +335,7 @@ impl Store for S3Store {
                 max: MAX_WHOLE_OBJECT,
             });
         }
-        let etag = Etag::new(got.e_tag().unwrap_or_default());
+        let etag = inner.tag(key, got.e_tag())?;
         Ok((inner.body(key, got.body, len).await?, etag))
     }
 
@@ -356,7 +371,7 @@ impl Store for S3Store {
         // Once: a second attempt would be told of a conflict with the first.
         let once = aws_sdk_s3::config::Builder::new().retry_config(RetryConfig::disabled());
         match put.body(ByteStream::from(new)).customize().config_override(once).send().await {
-            Ok(done) => Ok(Etag::new(done.e_tag().unwrap_or_default())),
+            Ok(done) => inner.tag(key, done.e_tag()),
             // If-Match on an object that is gone.
             Err(error) if expected.is_some() && answer(&error) == Answer::NotFound => {
                 Err(StoreError::Conflict { store: inner.name.clone(), key: key.clone() })
@@ -375,29 +390,25 @@ impl Store for S3Store {
         limit: usize,
     ) -> Result<Page<Listed>, StoreError> {
         let mut page = Page { items: Vec::new(), more: true };
+        let mut token = None;
         while page.more && page.items.len() < limit {
-            let last: Option<String> = page
-                .items
-                .last()
-                .map(|listed: &Listed| listed.key.to_string())
-                .or_else(|| after.map(Key::to_string));
             let ask = Ask {
                 prefix: prefix.as_str(),
-                after: last.as_deref(),
-                token: None,
+                after: after.map(Key::as_str),
+                token: token.take(),
                 delimited: false,
                 limit: limit - page.items.len(),
             };
             let answered = self.inner.page(ask).await?;
             page.more = answered.more;
-            let found = page.items.len();
+            token = answered.token;
             for (name, len) in answered.objects {
                 // What is no key of ours (a folder mark, a stranger's file) is no object of this store.
                 if let Ok(key) = Key::new(&name) {
                     page.items.push(Listed { key, len });
                 }
             }
-            if page.more && page.items.len() == found {
+            if page.more && token.is_none() {
                 return Err(self.strange_listing(prefix));
             }
         }
@@ -456,8 +467,12 @@ impl Store for S3Store {
     }
 
     async fn occupant(&self) -> Result<Option<String>, StoreError> {
-        let page = self.children(&KeyPrefix::new("")?, None, 2).await?;
-        Ok(page.items.into_iter().find(|name| name != PROBES))
+        // The first names are enough, however many there are: all probes are one of them, and so may be a mark for the folder itself.
+        let ask = Ask { prefix: "", after: None, token: None, delimited: true, limit: 3 };
+        let answered = self.inner.page(ask).await?;
+        let names = answered.objects.into_iter().map(|(name, _)| name).chain(answered.below);
+        let mut names = names.map(|name| name.trim_end_matches('/').to_owned());
+        Ok(names.find(|name| !name.is_empty() && name != PROBES))
     }
 
     fn describe(&self) -> String {
