@@ -9,6 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::RepoError;
+use super::version::REREADS;
 use crate::format::FormatError;
 use crate::store::{Key, Store, StoreError};
 
@@ -49,7 +50,7 @@ impl MetaReader {
         hash: [u8; 32],
         key: &Key,
         range: Option<Range<u64>>,
-        check: impl Fn(&[u8]) -> Result<T, FormatError> + Send + 'static,
+        check: impl Fn(&[u8]) -> Result<T, FormatError> + Send + Sync + 'static,
     ) -> Result<T, RepoError> {
         let cache = self.cache.clone();
         let (check, cached) = on_blocking_thread(&*self.store, move || {
@@ -61,23 +62,33 @@ impl MetaReader {
         if let Some(value) = cached {
             return Ok(value);
         }
-        let body = match range {
-            Some(range) => self.store.get_range(key, range).await,
-            None => self.store.get(key).await.map(|(body, _)| body),
-        };
-        let body = body.map_err(|error| self.named_object_error(error, key))?;
-        let cache = self.cache.clone();
-        let checked = on_blocking_thread(&*self.store, move || {
-            let value = check(&body)?;
-            cache.put(&hash, &body);
-            Ok(value)
-        })
-        .await?;
-        checked.map_err(|source| RepoError::Damaged {
-            place: self.store.describe(),
-            key: key.clone(),
-            source,
-        })
+        let check = Arc::new(check);
+        let mut rereads = 0;
+        loop {
+            let body = match &range {
+                Some(range) => self.store.get_range(key, range.clone()).await,
+                None => self.store.get(key).await.map(|(body, _)| body),
+            };
+            let body = body.map_err(|error| self.named_object_error(error, key))?;
+            let (cache, check) = (self.cache.clone(), check.clone());
+            let checked = on_blocking_thread(&*self.store, move || {
+                let value = check(&body)?;
+                cache.put(&hash, &body);
+                Ok(value)
+            })
+            .await?;
+            let source = match checked {
+                Ok(value) => return Ok(value),
+                Err(source) => source,
+            };
+            let damage = RepoError::Damaged { place: self.store.describe(), key: key.clone(), source };
+            if rereads == REREADS {
+                return Err(damage);
+            }
+            // It may have been spoilt on the way.
+            tracing::warn!(%damage, "reading it again");
+            rereads += 1;
+        }
     }
 
     fn named_object_error(&self, error: StoreError, key: &Key) -> RepoError {

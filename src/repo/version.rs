@@ -20,6 +20,8 @@ use crate::format::{ChunkLocation, ChunkTable, Commit, CommitId, MapRoot, NodeId
 use crate::store::StoreError;
 use crate::units::BlockIndex;
 
+/// How often what came damaged is asked for again.
+pub(super) const REREADS: usize = 2;
 /// Range reads of one [`Version::fetch`] that are under way at once.
 pub const PARALLEL_READS: usize = 16;
 
@@ -118,6 +120,11 @@ impl Version {
     /// The repository.
     pub fn repository(&self) -> &Repository {
         &self.inner.repo
+    }
+
+    /// Where its metadata is remembered.
+    pub fn meta_cache(&self) -> Arc<dyn MetaCache> {
+        self.inner.meta.cache.clone()
     }
 
     /// The table of a block, if it is in memory; `Some(None)` where the block is known to be zeros. Takes a read lock for the time of
@@ -248,7 +255,12 @@ impl Version {
         locations: &[ChunkLocation],
     ) -> Vec<(usize, Result<VerifiedChunk, RepoError>)> {
         match self.read_chunks(&read, locations).await {
-            Ok(answers) => answers,
+            Ok(mut answers) => {
+                for (at, answer) in &mut answers {
+                    self.read_damaged_again(&read, &locations[*at], answer).await;
+                }
+                answers
+            }
             // A truncated object must not take the chunks before its end with it.
             Err(RepoError::Store(StoreError::ShortBody { .. })) if read.chunks.len() > 1 => {
                 let mut answers = Vec::with_capacity(read.chunks.len());
@@ -263,6 +275,24 @@ impl Version {
                 answers
             }
             Err(error) => read.chunks.iter().map(|&at| (at, Err(error.clone()))).collect(),
+        }
+    }
+
+    /// Bytes that came wrong may have been spoilt on the way: they are asked for again, alone, [`REREADS`] times.
+    async fn read_damaged_again(
+        &self,
+        read: &RangeRead,
+        location: &ChunkLocation,
+        answer: &mut Result<VerifiedChunk, RepoError>,
+    ) {
+        for _ in 0..REREADS {
+            let Err(damage @ RepoError::Damaged { .. }) = &*answer else { return };
+            tracing::warn!(%damage, "reading it again");
+            let alone = RangeRead { object: read.object, range: fetch::range_of(location), chunks: vec![0] };
+            *answer = match self.read_chunks(&alone, std::slice::from_ref(location)).await {
+                Ok(mut read) => read.pop().expect("one was asked for").1,
+                Err(error) => Err(error),
+            };
         }
     }
 

@@ -201,7 +201,7 @@ impl Upload for CountingUpload {
         self.inner.write(bytes).await
     }
 
-    async fn finish(self: Box<Self>, key: &Key) -> Result<(), StoreError> {
+    async fn finish(&mut self, key: &Key) -> Result<(), StoreError> {
         add(&self.counters, Method::Finish, 0);
         self.inner.finish(key).await
     }

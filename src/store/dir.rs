@@ -559,7 +559,7 @@ impl Upload for DirUpload {
         Ok(())
     }
 
-    async fn finish(mut self: Box<Self>, key: &Key) -> Result<(), StoreError> {
+    async fn finish(&mut self, key: &Key) -> Result<(), StoreError> {
         let temp = self.take()?;
         let key = key.clone();
         blocking(&self.inner, "write", move |inner| {

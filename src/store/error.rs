@@ -115,6 +115,16 @@ pub enum StoreError {
         /// On what.
         key: String,
     },
+    /// The store has too much to do, and says so.
+    #[error("{store}: can't {operation} {key}: the server asks for fewer requests")]
+    Busy {
+        /// The store.
+        store: String,
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        key: String,
+    },
     /// There is no such bucket.
     #[error("{store}: there is no such bucket; hint: make it, or look at the name and the region")]
     NoBucket {
@@ -195,7 +205,7 @@ impl StoreError {
     /// Whether the same request may succeed later without anyone doing something about it.
     pub fn is_transient(&self) -> bool {
         match self {
-            StoreError::Unavailable { .. } | StoreError::Locked { .. } => true,
+            StoreError::Unavailable { .. } | StoreError::Busy { .. } | StoreError::Locked { .. } => true,
             StoreError::Remote { transient, .. } => *transient,
             StoreError::Io { source, .. } => matches!(
                 source.kind(),

@@ -287,8 +287,9 @@ impl Upload for FaultUpload {
         faulty(&self.plan, &self.store, Method::Write, "", self.inner.write(bytes)).await.map(|_| ())
     }
 
-    async fn finish(self: Box<Self>, key: &Key) -> Result<(), StoreError> {
-        let FaultUpload { inner, store, plan } = *self;
-        faulty(&plan, &store, Method::Finish, key.as_str(), inner.finish(key)).await.map(|_| ())
+    async fn finish(&mut self, key: &Key) -> Result<(), StoreError> {
+        faulty(&self.plan, &self.store, Method::Finish, key.as_str(), self.inner.finish(key))
+            .await
+            .map(|_| ())
     }
 }

@@ -158,7 +158,7 @@ impl Upload for MemUpload {
         Ok(())
     }
 
-    async fn finish(self: Box<Self>, key: &Key) -> Result<(), StoreError> {
-        put_new(&self.objects, key, self.body.freeze())
+    async fn finish(&mut self, key: &Key) -> Result<(), StoreError> {
+        put_new(&self.objects, key, self.body.clone().freeze())
     }
 }

@@ -11,6 +11,8 @@ pub mod error;
 pub mod fault;
 pub mod key;
 pub mod mem;
+pub mod mirror;
+pub mod retry;
 pub mod s3;
 pub mod url;
 
@@ -26,6 +28,8 @@ pub use error::StoreError;
 pub use fault::FaultStore;
 pub use key::{Key, KeyError, KeyPrefix};
 pub use mem::MemStore;
+pub use mirror::MirrorStore;
+pub use retry::{RetryOptions, RetryStore};
 pub use s3::{S3Place, S3Store};
 pub use url::{RepositoryUrl, UrlError};
 
@@ -154,6 +158,7 @@ pub trait Upload: Send {
     /// Appends bytes. After an `Err` the upload can only be dropped.
     async fn write(&mut self, bytes: Bytes) -> Result<(), StoreError>;
 
-    /// Makes all that was written visible under `key`, as [`Store::put_new`] does.
-    async fn finish(self: Box<Self>, key: &Key) -> Result<(), StoreError>;
+    /// Makes all that was written visible under `key`, as [`Store::put_new`] does. After a transient error it may be called again with the same key; after
+    /// any other answer the upload can only be dropped.
+    async fn finish(&mut self, key: &Key) -> Result<(), StoreError>;
 }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::{DirStore, S3Place, S3Store, Store};
+use super::{DirStore, RetryOptions, RetryStore, S3Place, S3Store, Store};
 
 /// The forms this build opens, for messages.
 const KNOWN_FORMS: &str = "/dir, file:///dir, cp:///dir, s3://bucket[/prefix][?region=R&endpoint=URL], minio://host:port/bucket[/prefix]";
@@ -78,8 +78,21 @@ pub enum RepositoryUrl {
 }
 
 impl RepositoryUrl {
-    /// The store there. Touches nothing yet.
+    /// The store there, with the patience a network needs. Touches nothing yet.
     pub fn open(&self) -> Arc<dyn Store> {
+        self.open_with(RetryOptions::default())
+    }
+
+    /// The same, with a patience of the caller's choice where there is a network between.
+    pub fn open_with(&self, options: RetryOptions) -> Arc<dyn Store> {
+        match self {
+            RepositoryUrl::Dir(_) => self.open_bare(),
+            _ => Arc::new(RetryStore::new(self.open_bare(), options)),
+        }
+    }
+
+    /// The same, each request made once: for who tries again by itself.
+    pub fn open_bare(&self) -> Arc<dyn Store> {
         match self {
             RepositoryUrl::Dir(path) => Arc::new(DirStore::new(path)),
             RepositoryUrl::S3(place) => Arc::new(S3Store::new(place.clone())),

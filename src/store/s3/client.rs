@@ -1,4 +1,4 @@
-//! An SDK client for a place: credentials from where the AWS tools keep them, one attempt a call.
+//! An SDK client for a place: credentials from where the AWS tools keep them, one attempt a call (`store::retry` makes the others).
 
 use std::time::Duration;
 
@@ -16,14 +16,14 @@ use super::place::S3Place;
 
 /// For a server to take a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// For the first byte of an answer, the request's own body included: parts of an upload are small for this reason.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
+/// For the first byte of an answer.
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
 /// A body that does not move for so long is given up.
 const STALL_GRACE: Duration = Duration::from_secs(10);
 /// What servers that are not Amazon's are told where nobody says otherwise: signatures need some region.
 const FALLBACK_REGION: &str = "us-east-1";
-/// Attempts at a request that changes nothing if made twice; the waits between them grow and are random.
-const ATTEMPTS: u32 = 4;
+/// Attempts at one part of an upload: the part is lost alone, not the block with it.
+const PART_ATTEMPTS: u32 = 4;
 
 /// The client. Reads the environment and files of the AWS tools; asks nobody yet.
 pub(super) async fn client(place: &S3Place) -> Client {
@@ -34,7 +34,7 @@ pub(super) async fn client(place: &S3Place) -> Client {
     let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12())
         .http_client(http)
         .timeout_config(timeouts)
-        .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS))
+        .retry_config(RetryConfig::disabled())
         .stalled_stream_protection(
             StalledStreamProtectionConfig::enabled().grace_period(STALL_GRACE).build(),
         );
@@ -53,4 +53,14 @@ pub(super) async fn client(place: &S3Place) -> Client {
         config = config.endpoint_url(endpoint).force_path_style(true);
     }
     Client::from_conf(config.build())
+}
+
+/// How requests with long bodies differ: the time they take is the line's, so only a body that does not move is given up.
+pub(super) fn for_bodies(attempts: bool) -> aws_sdk_s3::config::Builder {
+    let timeouts = TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).disable_read_timeout().build();
+    let config = aws_sdk_s3::config::Builder::new().timeout_config(timeouts);
+    match attempts {
+        true => config.retry_config(RetryConfig::standard().with_max_attempts(PART_ATTEMPTS)),
+        false => config,
+    }
 }

@@ -80,10 +80,15 @@ pub(super) fn store_error<E: ProvideErrorMetadata + std::error::Error + 'static>
                 "AccessDenied" => {
                     StoreError::PermissionDenied { store: store.into(), operation, path: key.as_str().into() }
                 }
+                "SlowDown" | "TooManyRequests" | "ServiceUnavailable" => {
+                    StoreError::Busy { store: store.into(), operation, key: key.to_string() }
+                }
+                _ if matches!(status, 429 | 503) => {
+                    StoreError::Busy { store: store.into(), operation, key: key.to_string() }
+                }
                 _ => {
                     // 409: another conditional request on the key is under way.
-                    let transient =
-                        status >= 500 || matches!(status, 0 | 408 | 409 | 429) || code == "SlowDown";
+                    let transient = status >= 500 || matches!(status, 0 | 408 | 409);
                     remote(
                         format!("the server answered {status} {code} {message}").trim_end().into(),
                         transient,

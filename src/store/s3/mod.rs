@@ -4,7 +4,7 @@
 //! If-None-Match and If-Match (`probe`); on one that does not, every write is refused, because refs could be overwritten unseen.
 //!
 //! Write-once objects go up with If-None-Match, in one request or, when long, in parts of [`PART_BYTES`], [`PARTS_AT_ONCE`] at a time. Refs move with If-Match
-//! on the tag they were read with, and are tried once: an answer that is lost leaves it open, as the contract says.
+//! on the tag they were read with. Every request is made once: who wants more wraps the store in `store::retry`.
 
 mod client;
 mod error;
@@ -17,25 +17,26 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use aws_sdk_s3::Client;
-use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt, TryStreamExt, stream};
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore};
 
 pub use place::S3Place;
 
 use self::error::{Answer, answer, store_error};
 use self::probe::{PROBES, TagForm};
-use self::upload::{Spool, spool_error};
+use self::upload::{Budget, Spool, spool_error};
 use super::{Etag, Key, KeyPrefix, Listed, MAX_WHOLE_OBJECT, Page, Store, StoreError, Upload};
 
 /// Bytes of one part; objects up to two of them go up in one request. Amazon wants at least 5 MiB.
 const PART_BYTES: usize = 8 << 20;
-/// Parts of one object on their way at once.
+/// Parts on their way at once.
 const PARTS_AT_ONCE: usize = 4;
+/// What uploads that wait for their names may keep in memory together; the rest waits in files.
+const UPLOAD_MEMORY: usize = 96 << 20;
 /// The most keys a server lists in one answer.
 const LIST_MAX: usize = 1000;
 
@@ -51,6 +52,10 @@ struct Inner {
     client: OnceCell<Client>,
     /// What the probe found.
     form: OnceCell<TagForm>,
+    /// Parts on their way.
+    sending: Semaphore,
+    /// What all uploads together may keep in memory.
+    memory: Budget,
 }
 
 impl std::fmt::Debug for S3Store {
@@ -63,15 +68,24 @@ impl std::fmt::Debug for S3Store {
 impl S3Store {
     /// The store at a place. Touches nothing yet.
     pub fn new(place: S3Place) -> S3Store {
-        let name = place.to_string();
-        S3Store { inner: Arc::new(Inner { place, name, client: OnceCell::new(), form: OnceCell::new() }) }
+        S3Store::of(place, OnceCell::new())
     }
 
     /// The store at a place, through a client that is there already.
     pub fn with_client(place: S3Place, client: Client) -> S3Store {
-        let name = place.to_string();
-        let client = OnceCell::new_with(Some(client));
-        S3Store { inner: Arc::new(Inner { place, name, client, form: OnceCell::new() }) }
+        S3Store::of(place, OnceCell::new_with(Some(client)))
+    }
+
+    fn of(place: S3Place, client: OnceCell<Client>) -> S3Store {
+        let inner = Inner {
+            name: place.to_string(),
+            place,
+            client,
+            form: OnceCell::new(),
+            sending: Semaphore::new(PARTS_AT_ONCE),
+            memory: Budget::new(UPLOAD_MEMORY),
+        };
+        S3Store { inner: Arc::new(inner) }
     }
 }
 
@@ -108,7 +122,8 @@ impl Inner {
             operation: "read",
             key: key.to_string(),
             why: format!("the server's answer has no {what}"),
-            transient: false,
+            // What stands between here and the server may have answered in its place.
+            transient: true,
         })
     }
 
@@ -200,7 +215,8 @@ impl Inner {
         let done = if spool.len() <= 2 * PART_BYTES as u64 {
             let body = spool.read(0, spool.len() as usize).await.map_err(|e| spool_error(&self.name, e))?;
             let put = client.put_object().bucket(&self.place.bucket).key(self.object(key)).if_none_match("*");
-            match put.body(ByteStream::from(body)).send().await {
+            let put = put.body(ByteStream::from(body)).customize();
+            match put.config_override(client::for_bodies(false)).send().await {
                 Ok(_) => Ok(()),
                 Err(error) => Err(store_error(&self.name, "write", key, &error)),
             }
@@ -250,12 +266,15 @@ impl Inner {
     ) -> Result<Vec<CompletedPart>, StoreError> {
         let count = spool.len().div_ceil(PART_BYTES as u64);
         let parts = stream::iter(0..count).map(|index| async move {
+            // Over all uploads: more at once would only make each slower.
+            let _sending = self.sending.acquire().await;
             let at = index * PART_BYTES as u64;
             let len = (spool.len() - at).min(PART_BYTES as u64);
             let body = spool.read(at, len as usize).await.map_err(|error| spool_error(&self.name, error))?;
             let number = index as i32 + 1;
             let part = client.upload_part().bucket(&self.place.bucket).key(self.object(key)).upload_id(id);
-            let sent = part.part_number(number).body(ByteStream::from(body)).send().await;
+            let part = part.part_number(number).body(ByteStream::from(body)).customize();
+            let sent = part.config_override(client::for_bodies(true)).send().await;
             let sent = sent.map_err(|error| store_error(&self.name, "write", key, &error))?;
             Ok(CompletedPart::builder().part_number(number).set_e_tag(sent.e_tag).build())
         });
@@ -344,7 +363,7 @@ impl Store for S3Store {
     }
 
     async fn put_new(&self, key: &Key, body: Bytes) -> Result<(), StoreError> {
-        let mut spool = Spool::default();
+        let mut spool = Spool::new(self.inner.memory.clone());
         spool.push(body).await.map_err(|error| spool_error(&self.inner.name, error))?;
         self.inner.put_spool(key, &spool).await
     }
@@ -352,7 +371,7 @@ impl Store for S3Store {
     async fn begin(&self) -> Result<Box<dyn Upload>, StoreError> {
         // Said now rather than after a block was made.
         self.inner.writer().await?;
-        Ok(Box::new(S3Upload { inner: self.inner.clone(), spool: Spool::default() }))
+        Ok(Box::new(S3Upload { inner: self.inner.clone(), spool: Spool::new(self.inner.memory.clone()) }))
     }
 
     async fn compare_and_swap(
@@ -368,9 +387,7 @@ impl Store for S3Store {
             Some(tag) => put.if_match(form.of(tag.as_str())),
             None => put.if_none_match("*"),
         };
-        // Once: a second attempt would be told of a conflict with the first.
-        let once = aws_sdk_s3::config::Builder::new().retry_config(RetryConfig::disabled());
-        match put.body(ByteStream::from(new)).customize().config_override(once).send().await {
+        match put.body(ByteStream::from(new)).send().await {
             Ok(done) => inner.tag(key, done.e_tag()),
             // If-Match on an object that is gone.
             Err(error) if expected.is_some() && answer(&error) == Answer::NotFound => {
@@ -508,7 +525,7 @@ impl Upload for S3Upload {
         self.spool.push(bytes).await.map_err(|error| spool_error(&self.inner.name, error))
     }
 
-    async fn finish(self: Box<Self>, key: &Key) -> Result<(), StoreError> {
+    async fn finish(&mut self, key: &Key) -> Result<(), StoreError> {
         self.inner.put_spool(key, &self.spool).await
     }
 }

@@ -4,7 +4,6 @@
 //! and both be told they won. So before this process writes anything, it tries: with an object of its own, alone and in a race.
 
 use aws_sdk_s3::Client;
-use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::primitives::ByteStream;
 use futures_util::future::join_all;
 
@@ -107,10 +106,8 @@ impl Probe<'_> {
             Some(tag) => request.if_match(tag),
             None => request.if_none_match("*"),
         };
-        // Once: a second attempt would lose against the first.
-        let once = aws_sdk_s3::config::Builder::new().retry_config(RetryConfig::disabled());
         let request = request.body(ByteStream::from(body.into_bytes()));
-        match request.customize().config_override(once).send().await {
+        match request.send().await {
             Ok(done) => Ok(Some(done.e_tag().unwrap_or_default().to_owned())),
             Err(error) if answer(&error) == Answer::Precondition => Ok(None),
             Err(error) => Err(store_error(self.store, "write", &self.key, &error)),

@@ -1,22 +1,42 @@
 //! An object whose name is known only at its end.
 //!
-//! Enters: pieces. Leaves: one object. S3 wants the name first, so the pieces wait here: in memory up to [`IN_MEMORY_MAX`], which covers a block of the
-//! usual size, above that in a nameless file.
+//! Enters: pieces. Leaves: one object. S3 wants the name first, so the pieces wait here: in memory as long as the store's [`Budget`] lasts, else in a
+//! nameless file.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::{Bytes, BytesMut};
 
 use super::super::StoreError;
 
-/// Bytes of one upload that wait in memory.
-pub(super) const IN_MEMORY_MAX: usize = 80 << 20;
+/// Memory that several share. Clones are the same one.
+#[derive(Clone, Debug)]
+pub(super) struct Budget {
+    left: Arc<AtomicUsize>,
+}
+
+impl Budget {
+    pub(super) fn new(bytes: usize) -> Budget {
+        Budget { left: Arc::new(AtomicUsize::new(bytes)) }
+    }
+
+    fn take(&self, bytes: usize) -> bool {
+        let take = |left: usize| left.checked_sub(bytes);
+        self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.left.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
 
 /// Bytes that wait for their name.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Spool {
+    budget: Budget,
     pieces: Vec<Bytes>,
     in_memory: usize,
     file: Option<Arc<File>>,
@@ -24,18 +44,26 @@ pub(super) struct Spool {
 }
 
 impl Spool {
-    /// Appends bytes.
-    pub(super) async fn push(&mut self, bytes: Bytes) -> std::io::Result<()> {
-        self.in_memory += bytes.len();
-        self.pieces.push(bytes);
-        if self.in_memory > IN_MEMORY_MAX {
-            self.spill().await?;
-        }
-        Ok(())
+    pub(super) fn new(budget: Budget) -> Spool {
+        Spool { budget, pieces: Vec::new(), in_memory: 0, file: None, in_file: 0 }
     }
 
-    async fn spill(&mut self) -> std::io::Result<()> {
-        let pieces = std::mem::take(&mut self.pieces);
+    /// Appends bytes.
+    pub(super) async fn push(&mut self, bytes: Bytes) -> std::io::Result<()> {
+        let fits = self.budget.take(bytes.len());
+        if fits {
+            self.in_memory += bytes.len();
+            self.pieces.push(bytes);
+            return Ok(());
+        }
+        self.spill(bytes).await
+    }
+
+    /// Writes what is in memory, and `last` behind it.
+    async fn spill(&mut self, last: Bytes) -> std::io::Result<()> {
+        let mut pieces = std::mem::take(&mut self.pieces);
+        self.budget.give_back(std::mem::take(&mut self.in_memory));
+        pieces.push(last);
         let (file, mut at) = (self.file.clone(), self.in_file);
         let spilled = tokio::task::spawn_blocking(move || {
             let file = match file {
@@ -49,7 +77,7 @@ impl Spool {
             Ok::<_, std::io::Error>((file, at))
         });
         let (file, at) = spilled.await.map_err(std::io::Error::other)??;
-        (self.file, self.in_file, self.in_memory) = (Some(file), at, 0);
+        (self.file, self.in_file) = (Some(file), at);
         Ok(())
     }
 
@@ -97,6 +125,12 @@ impl Spool {
     }
 }
 
+impl Drop for Spool {
+    fn drop(&mut self) {
+        self.budget.give_back(self.in_memory);
+    }
+}
+
 /// A spool's failure as the store's.
 pub(super) fn spool_error(store: &str, source: std::io::Error) -> StoreError {
     if source.kind() == std::io::ErrorKind::StorageFull {
@@ -119,9 +153,10 @@ mod tests {
 
     #[tokio::test]
     async fn what_went_in_comes_out_in_pieces_and_from_the_file() {
-        let mut spool = Spool::default();
+        let budget = Budget::new(20_000_000);
+        let mut spool = Spool::new(budget.clone());
         let piece: Vec<u8> = (0..1_000_003u32).map(|n| (n % 251) as u8).collect();
-        let count = 2 * IN_MEMORY_MAX / piece.len() + 7;
+        let count = 2 * 20_000_000 / piece.len() + 7;
         for _ in 0..count {
             spool.push(piece.clone().into()).await.unwrap();
         }
@@ -132,5 +167,7 @@ mod tests {
             let expected = (at..at + 3_000_000).map(|n| piece[(n % 1_000_003) as usize]);
             assert!(got.iter().copied().eq(expected), "at {at}");
         }
+        drop(spool);
+        assert!(budget.take(20_000_000), "all of it was given back");
     }
 }

@@ -1,0 +1,283 @@
+//! A store that tries again: what every store that is reached over a network is wrapped in.
+//!
+//! Enters: requests. Leaves: answers, or the last error when the request's time is up. Invariants: an error that will not go away by itself is passed on at once;
+//! a request takes no longer than its deadline and one attempt; waits between attempts grow and are random (`backoff`); no more requests are under way than the
+//! store takes (`limit`); a second request for the same bytes is sent beside a slow one rarely enough never to double the load (`hedge`).
+//!
+//! A swap is repeated only while the object still has the expected tag. Where its answer was lost and the object changed, the caller is told that it is not known.
+
+mod backoff;
+mod hedge;
+mod limit;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use self::backoff::Backoff;
+use self::hedge::Hedge;
+use self::limit::Limit;
+use super::{Etag, Key, KeyPrefix, Listed, Page, Store, StoreError, Upload};
+
+/// A store that is out of reach is told of once it has been so for this long: most hiccups are over by then.
+const QUIET: Duration = Duration::from_secs(2);
+
+/// How long and how hard to try.
+#[derive(Clone, Copy, Debug)]
+pub struct RetryOptions {
+    /// After this long no further attempt is begun.
+    pub deadline: Duration,
+    /// The same for a store that has not answered anything yet: its address may be wrong, and who gave it is waiting.
+    pub first_contact: Duration,
+    /// How long one attempt at a read or a listing may take. Writes have no bound but their store's: a slow line is no failure.
+    pub attempt: Duration,
+    /// The most requests under way.
+    pub in_flight: usize,
+}
+
+impl Default for RetryOptions {
+    fn default() -> RetryOptions {
+        RetryOptions {
+            deadline: Duration::from_secs(120),
+            first_contact: Duration::from_secs(10),
+            attempt: Duration::from_secs(30),
+            in_flight: 128,
+        }
+    }
+}
+
+/// Wraps a store. Clones share what is known of it.
+#[derive(Clone, Debug)]
+pub struct RetryStore {
+    inner: Arc<dyn Store>,
+    options: RetryOptions,
+    shared: Arc<Shared>,
+}
+
+/// What is known of the store.
+#[derive(Debug)]
+struct Shared {
+    limit: Limit,
+    hedge: Hedge,
+    /// Whether it has ever answered.
+    known: AtomicBool,
+    /// Since when nothing was answered, and whether that was told.
+    away: Mutex<Option<(Instant, bool)>>,
+}
+
+impl RetryStore {
+    /// Wraps a store.
+    pub fn new(inner: Arc<dyn Store>, options: RetryOptions) -> RetryStore {
+        let shared = Shared {
+            limit: Limit::new(options.in_flight),
+            hedge: Hedge::default(),
+            known: AtomicBool::new(false),
+            away: Mutex::default(),
+        };
+        RetryStore { inner, options, shared: Arc::new(shared) }
+    }
+
+    /// One attempt: within its time, and no more at once than the store takes.
+    async fn attempt<T>(
+        &self,
+        bound: Option<Duration>,
+        operation: &'static str,
+        key: &str,
+        request: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        let _permit = self.shared.limit.enter().await;
+        let answer = match bound {
+            None => request.await,
+            Some(bound) => tokio::time::timeout(bound, request).await.unwrap_or_else(|_| {
+                Err(StoreError::Unavailable { store: self.describe(), operation, key: key.to_owned() })
+            }),
+        };
+        match &answer {
+            Err(StoreError::Busy { .. } | StoreError::Unavailable { .. }) => self.shared.limit.overloaded(),
+            Err(_) => {}
+            Ok(_) => self.shared.limit.answered(),
+        }
+        answer
+    }
+
+    /// Attempts until one is answered for good or time is up.
+    async fn again<T, F>(
+        &self,
+        bound: Option<Duration>,
+        operation: &'static str,
+        key: &str,
+        mut request: impl FnMut() -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        let mut backoff = Backoff::new(self.patience());
+        loop {
+            let answer = self.attempt(bound, operation, key, request()).await;
+            match answer {
+                Err(error) if error.is_transient() => {
+                    let Some(wait) = backoff.next() else { return Err(error) };
+                    self.no_answer(&error);
+                    tracing::debug!(store = %self.describe(), operation, key, %error, ?wait, "trying again");
+                    tokio::time::sleep(wait).await;
+                }
+                answer => {
+                    self.answered();
+                    return answer;
+                }
+            }
+        }
+    }
+
+    /// The store did not answer: said once, when it has lasted.
+    fn no_answer(&self, error: &StoreError) {
+        let mut away = self.shared.away.lock();
+        let (since, told) = away.get_or_insert_with(|| (Instant::now(), false));
+        if !*told && since.elapsed() > QUIET {
+            *told = true;
+            let (store, patience) = (self.describe(), self.patience());
+            tracing::warn!(%store, %error, ?patience, "no answer: what is not here waits for it");
+        }
+    }
+
+    fn patience(&self) -> Duration {
+        let RetryOptions { deadline, first_contact, .. } = self.options;
+        if self.shared.known.load(Ordering::Relaxed) { deadline } else { deadline.min(first_contact) }
+    }
+
+    fn answered(&self) {
+        self.shared.known.store(true, Ordering::Relaxed);
+        // Taken first, so that the lock is not held while it is told.
+        let was = self.shared.away.lock().take();
+        if let Some((since, true)) = was {
+            tracing::info!(store = %self.describe(), after = ?since.elapsed(), "answers again");
+        }
+    }
+
+    fn bound(&self) -> Option<Duration> {
+        Some(self.options.attempt)
+    }
+}
+
+#[async_trait]
+impl Store for RetryStore {
+    async fn get(&self, key: &Key) -> Result<(Bytes, Etag), StoreError> {
+        self.again(self.bound(), "read", key.as_str(), || self.inner.get(key)).await
+    }
+
+    async fn get_range(&self, key: &Key, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.again(self.bound(), "read", key.as_str(), || async {
+            let read = || self.inner.get_range(key, range.clone());
+            self.shared.hedge.race(&self.shared.limit, read).await
+        })
+        .await
+    }
+
+    async fn put_new(&self, key: &Key, body: Bytes) -> Result<(), StoreError> {
+        self.again(None, "write", key.as_str(), || self.inner.put_new(key, body.clone())).await
+    }
+
+    async fn begin(&self) -> Result<Box<dyn Upload>, StoreError> {
+        let inner = self.again(self.bound(), "write", "", || self.inner.begin()).await?;
+        Ok(Box::new(RetryUpload { inner, store: self.clone() }))
+    }
+
+    async fn compare_and_swap(
+        &self,
+        key: &Key,
+        expected: Option<&Etag>,
+        new: Bytes,
+    ) -> Result<Etag, StoreError> {
+        let mut backoff = Backoff::new(self.patience());
+        let mut lost: Option<StoreError> = None;
+        loop {
+            let swap = self.inner.compare_and_swap(key, expected, new.clone());
+            let error = match self.attempt(None, "write", key.as_str(), swap).await {
+                // With itself, it may be: an attempt before this one may have been carried out.
+                Err(conflict @ StoreError::Conflict { .. }) => return Err(lost.unwrap_or(conflict)),
+                Err(error) if error.is_transient() => error,
+                answer => {
+                    self.answered();
+                    return answer;
+                }
+            };
+            let Some(wait) = backoff.next() else { return Err(error) };
+            self.no_answer(&error);
+            tokio::time::sleep(wait).await;
+            let there = match self.get(key).await {
+                Ok((_, etag)) => Some(etag),
+                Err(missing) if missing.is_not_found() => None,
+                Err(_) => return Err(error),
+            };
+            if there.as_ref() != expected {
+                return Err(error);
+            }
+            lost = Some(error);
+        }
+    }
+
+    async fn list(
+        &self,
+        prefix: &KeyPrefix,
+        after: Option<&Key>,
+        limit: usize,
+    ) -> Result<Page<Listed>, StoreError> {
+        self.again(self.bound(), "list", prefix.as_str(), || self.inner.list(prefix, after, limit)).await
+    }
+
+    async fn children(
+        &self,
+        dir: &KeyPrefix,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Page<String>, StoreError> {
+        self.again(self.bound(), "list", dir.as_str(), || self.inner.children(dir, after, limit)).await
+    }
+
+    async fn delete(&self, key: &Key) -> Result<(), StoreError> {
+        self.again(self.bound(), "delete", key.as_str(), || self.inner.delete(key)).await
+    }
+
+    async fn occupant(&self) -> Result<Option<String>, StoreError> {
+        self.again(self.bound(), "list", "", || self.inner.occupant()).await
+    }
+
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+}
+
+struct RetryUpload {
+    inner: Box<dyn Upload>,
+    store: RetryStore,
+}
+
+#[async_trait]
+impl Upload for RetryUpload {
+    /// Once: bytes that may or may not be there can't be sent again.
+    async fn write(&mut self, bytes: Bytes) -> Result<(), StoreError> {
+        self.store.attempt(None, "write", "", self.inner.write(bytes)).await
+    }
+
+    async fn finish(&mut self, key: &Key) -> Result<(), StoreError> {
+        let mut backoff = Backoff::new(self.store.patience());
+        loop {
+            match self.store.attempt(None, "write", key.as_str(), self.inner.finish(key)).await {
+                Err(error) if error.is_transient() => {
+                    let Some(wait) = backoff.next() else { return Err(error) };
+                    self.store.no_answer(&error);
+                    tokio::time::sleep(wait).await;
+                }
+                answer => {
+                    self.store.answered();
+                    return answer;
+                }
+            }
+        }
+    }
+}
