@@ -11,6 +11,7 @@ pub mod commit;
 pub mod delta;
 pub mod ids;
 pub mod map_node;
+pub mod prefetch_list;
 pub mod refs;
 pub mod repository;
 pub mod text;
@@ -19,6 +20,7 @@ pub use chunk::{ChunkSize, VerifiedChunk};
 pub use chunk_table::{ChunkEntry, ChunkLocation, ChunkTable, Codec};
 pub use commit::{BlockSize, Commit, Filesystem, MapRoot, Timestamp};
 pub use ids::{ChunkId, CommitId, NodeId, ObjectId, TableId};
+pub use prefetch_list::PrefetchList;
 
 /// What is wrong with some bytes that should have been one of the formats.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

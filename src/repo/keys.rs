@@ -54,8 +54,20 @@ pub(super) fn commits(image: &ImageName, digits: &str) -> KeyPrefix {
     prefix(&format!("images/{image}/commits/{digits}"))
 }
 
+pub(super) fn prefetch(image: &ImageName, id: &CommitId) -> Key {
+    key(&format!("images/{image}/prefetch/{id}"))
+}
+
 pub(super) fn node(image: &ImageName, id: &NodeId) -> Key {
     key(&format!("images/{image}/maps/{id}"))
+}
+
+pub(super) fn nodes(image: &ImageName) -> KeyPrefix {
+    prefix(&format!("images/{image}/maps/"))
+}
+
+pub(super) fn blocks(image: &ImageName) -> KeyPrefix {
+    prefix(&format!("images/{image}/blocks/"))
 }
 
 pub(super) fn object(image: &ImageName, id: &ObjectId) -> Key {

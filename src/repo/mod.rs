@@ -5,6 +5,7 @@
 //! and a ref moves last, by compare-and-swap.
 //!
 //! - [`repository`]: make and open one, list, resolve, move refs.
+//! - [`sync`]: a repository copied to another place.
 //! - [`version`]: one opened commit: chunk tables by block, chunks by location.
 //! - [`writer`]: a stream of bytes to a new commit.
 //! - [`map_builder`]: a map from a parent's map and the blocks that changed.
@@ -19,6 +20,7 @@ pub mod map_builder;
 pub mod meta;
 pub mod names;
 pub mod repository;
+pub mod sync;
 pub mod version;
 pub mod writer;
 

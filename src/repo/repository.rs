@@ -13,7 +13,7 @@ use super::names::MIN_PREFIX_DIGITS;
 use super::{BranchName, ImageName, Reference, RepoError, TagName, keys};
 use crate::format::refs::RefObject;
 use crate::format::repository::RepositoryFormat;
-use crate::format::{Commit, CommitId};
+use crate::format::{Commit, CommitId, PrefetchList};
 use crate::store::{Etag, Key, KeyPrefix, Store, StoreError};
 
 /// Names asked for in one page of a listing.
@@ -339,6 +339,43 @@ impl Repository {
         let id = CommitId::of(&bytes);
         self.store().put_new(&keys::commit(image, &id), bytes.into()).await?;
         Ok(id)
+    }
+
+    /// The prefetch list of a commit; `None` where nobody left one.
+    pub async fn prefetch_list(
+        &self,
+        image: &ImageName,
+        id: CommitId,
+    ) -> Result<Option<PrefetchList>, RepoError> {
+        let key = keys::prefetch(image, &id);
+        let (body, _) = match self.store().get(&key).await {
+            Ok(found) => found,
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        match PrefetchList::decode(&body) {
+            Ok(list) if list.image == image.as_str() && list.commit == id => Ok(Some(list)),
+            Ok(list) => {
+                let says = format!("commit {} of image {}", list.commit, list.image);
+                Err(RepoError::RefMisplaced { place: self.describe(), key, says })
+            }
+            Err(source) => Err(RepoError::Damaged { place: self.describe(), key, source }),
+        }
+    }
+
+    /// Leaves a prefetch list with its commit, in place of the one that was there. Of two who do so at once one may be told of a conflict.
+    pub async fn put_prefetch_list(&self, list: &PrefetchList) -> Result<(), RepoError> {
+        let image: ImageName = list.image.parse()?;
+        let key = keys::prefetch(&image, &list.commit);
+        let there = match self.store().get(&key).await {
+            Ok((body, _)) if body == list.encode() => return Ok(()),
+            // Even a damaged one: it is a hint, and this is a better one.
+            Ok((_, etag)) => Some(etag),
+            Err(error) if error.is_not_found() => None,
+            Err(error) => return Err(error.into()),
+        };
+        self.store().compare_and_swap(&key, there.as_ref(), list.encode().into()).await?;
+        Ok(())
     }
 
     pub(super) fn meta(&self, cache: &Arc<dyn MetaCache>) -> MetaReader {

@@ -1,0 +1,246 @@
+//! Copying a repository to another place: what is missing there, checked on the way.
+//!
+//! Enters: two stores. Leaves: in the second all images (or one) of the first. Invariants: refs are read first and written last, so a copy that is cut short names
+//! nothing it has not got, and is carried on by doing it again; an object is published only if its bytes hash to its name; a branch only moves forward.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+
+use super::meta::{MetaCache, NoMetaCache, named_object_error};
+use super::{BranchName, ImageName, RepoError, Repository, TagName, keys};
+use crate::format::{CommitId, FormatError};
+use crate::store::{Key, KeyPrefix, StoreError};
+use crate::units::ByteLen;
+
+/// Objects on their way at once.
+const AT_ONCE: usize = 4;
+/// Bytes of an object that are read at a time.
+const PIECE: u64 = 4 << 20;
+/// Keys of one page of a listing.
+const PAGE: usize = 1000;
+/// Commits walked to find out whether a branch only moves forward.
+const MAX_HISTORY: usize = 100_000;
+
+/// What was done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SyncReport {
+    /// Images looked at.
+    pub images: u64,
+    /// Objects copied.
+    pub copied: u64,
+    /// Their bytes.
+    pub copied_bytes: u64,
+    /// Objects that were there already.
+    pub present: u64,
+    /// Branches and tags made or moved.
+    pub refs: u64,
+    /// Branches that were left alone, because the other place has moved on by itself.
+    pub diverged: Vec<String>,
+}
+
+/// Copies what `to` lacks of one image, or of all.
+pub async fn sync(
+    from: &Repository,
+    to: &Repository,
+    image: Option<&ImageName>,
+    progress: &(dyn Fn(ByteLen) + Send + Sync),
+) -> Result<SyncReport, RepoError> {
+    let images = match image {
+        Some(image) => vec![image.clone()],
+        None => from.images().await?,
+    };
+    let mut report = SyncReport::default();
+    for image in images {
+        report.images += 1;
+        Copying { from, to, image, progress }.run(&mut report).await?;
+    }
+    Ok(report)
+}
+
+struct Copying<'s> {
+    from: &'s Repository,
+    to: &'s Repository,
+    image: ImageName,
+    progress: &'s (dyn Fn(ByteLen) + Send + Sync),
+}
+
+impl Copying<'_> {
+    async fn run(&self, report: &mut SyncReport) -> Result<(), RepoError> {
+        // Before the objects are listed: all that these names need is in the listing then.
+        let mut branches = Vec::new();
+        for branch in self.from.branches(&self.image).await? {
+            branches.extend(self.from.branch(&self.image, &branch).await?.map(|tip| (branch, tip.commit)));
+        }
+        let mut tags = Vec::new();
+        for tag in self.from.tags(&self.image).await? {
+            tags.extend(self.from.tag(&self.image, &tag).await?.map(|commit| (tag, commit)));
+        }
+        if branches.is_empty() && tags.is_empty() {
+            let has = self.from.images().await?.iter().map(ToString::to_string).collect();
+            return Err(RepoError::NoImage {
+                place: self.from.describe(),
+                image: self.image.to_string(),
+                has,
+            });
+        }
+        // What is named first: a commit that is there has all it names.
+        for kind in [keys::blocks(&self.image), keys::nodes(&self.image), keys::commits(&self.image, "")] {
+            self.copy_kind(&kind, report).await?;
+        }
+        self.copy_lists(&branches, report).await?;
+        for (branch, commit) in branches {
+            self.move_branch(&branch, commit, report).await?;
+        }
+        for (tag, commit) in tags {
+            self.make_tag(&tag, commit, report).await?;
+        }
+        Ok(())
+    }
+
+    async fn listed(
+        &self,
+        repository: &Repository,
+        prefix: &KeyPrefix,
+    ) -> Result<HashMap<Key, u64>, RepoError> {
+        let mut all = HashMap::new();
+        let mut after: Option<Key> = None;
+        loop {
+            let page = repository.store().list(prefix, after.as_ref(), PAGE).await?;
+            after = page.items.last().map(|listed| listed.key.clone());
+            let more = page.more && after.is_some();
+            all.extend(page.items.into_iter().map(|listed| (listed.key, listed.len)));
+            if !more {
+                return Ok(all);
+            }
+        }
+    }
+
+    async fn copy_kind(&self, prefix: &KeyPrefix, report: &mut SyncReport) -> Result<(), RepoError> {
+        let there = self.listed(self.to, prefix).await?;
+        let mut missing = Vec::new();
+        for (key, len) in self.listed(self.from, prefix).await? {
+            match there.get(&key) {
+                None => missing.push((key, len)),
+                Some(there) if *there == len => report.present += 1,
+                Some(there) => {
+                    return Err(StoreError::ShortBody {
+                        store: self.to.describe(),
+                        key,
+                        expected: len,
+                        actual: *there,
+                    }
+                    .into());
+                }
+            }
+        }
+        missing.sort_unstable();
+        let copies = missing.into_iter().map(|(key, len)| async move {
+            self.copy(&key, len).await?;
+            (self.progress)(ByteLen(len));
+            Ok::<u64, RepoError>(len)
+        });
+        let mut copies = stream::iter(copies).buffer_unordered(AT_ONCE);
+        while let Some(len) = copies.try_next().await? {
+            report.copied += 1;
+            report.copied_bytes += len;
+        }
+        Ok(())
+    }
+
+    async fn copy(&self, key: &Key, len: u64) -> Result<(), RepoError> {
+        let (from, to) = (self.from.store(), self.to.store());
+        let mut upload = to.begin().await?;
+        let mut hasher = blake3::Hasher::new();
+        let mut at = 0;
+        while at < len {
+            let end = (at + PIECE).min(len);
+            let read = from.get_range(key, at..end).await;
+            let piece = read.map_err(|error| named_object_error(&**from, error, key))?;
+            hasher.update(&piece);
+            upload.write(piece).await?;
+            at = end;
+        }
+        let name = key.segments().next_back().unwrap_or_default();
+        let actual = hasher.finalize().to_hex().to_string();
+        if actual != name {
+            return Err(RepoError::Damaged {
+                place: self.from.describe(),
+                key: key.clone(),
+                source: FormatError::Hash { what: "object", expected: name.to_owned(), actual },
+            });
+        }
+        Ok(upload.finish(key).await?)
+    }
+
+    /// Prefetch lists are hints: the other place's own is kept.
+    async fn copy_lists(
+        &self,
+        branches: &[(BranchName, CommitId)],
+        report: &mut SyncReport,
+    ) -> Result<(), RepoError> {
+        for (_, commit) in branches {
+            if self.to.prefetch_list(&self.image, *commit).await.is_ok_and(|list| list.is_some()) {
+                continue;
+            }
+            if let Ok(Some(list)) = self.from.prefetch_list(&self.image, *commit).await {
+                self.to.put_prefetch_list(&list).await?;
+                report.copied += 1;
+            }
+        }
+        Ok(())
+    }
+
+    async fn move_branch(
+        &self,
+        branch: &BranchName,
+        commit: CommitId,
+        report: &mut SyncReport,
+    ) -> Result<(), RepoError> {
+        let there = self.to.branch(&self.image, branch).await?;
+        if let Some(there) = &there {
+            if there.commit == commit || self.is_ancestor(commit, there.commit).await? {
+                return Ok(());
+            }
+            if !self.is_ancestor(there.commit, commit).await? {
+                report.diverged.push(format!("{}@{branch}", self.image));
+                return Ok(());
+            }
+        }
+        self.to.update_branch(&self.image, branch, there.as_ref(), commit).await?;
+        report.refs += 1;
+        Ok(())
+    }
+
+    async fn make_tag(
+        &self,
+        tag: &TagName,
+        commit: CommitId,
+        report: &mut SyncReport,
+    ) -> Result<(), RepoError> {
+        if self.to.tag(&self.image, tag).await? == Some(commit) {
+            return Ok(());
+        }
+        self.to.create_tag(&self.image, tag, commit).await?;
+        report.refs += 1;
+        Ok(())
+    }
+
+    /// Whether `old` is in the history of `new`, by what the other place has.
+    async fn is_ancestor(&self, old: CommitId, new: CommitId) -> Result<bool, RepoError> {
+        let meta: Arc<dyn MetaCache> = Arc::new(NoMetaCache);
+        let mut seen = std::collections::HashSet::new();
+        let mut next = vec![new];
+        while let Some(id) = next.pop() {
+            if id == old {
+                return Ok(true);
+            }
+            if seen.len() == MAX_HISTORY || !seen.insert(id) {
+                continue;
+            }
+            next.extend(self.to.commit(&self.image, id, &meta).await?.parents);
+        }
+        Ok(false)
+    }
+}
