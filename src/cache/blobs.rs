@@ -60,6 +60,21 @@ impl Blobs {
         Ok(blobs)
     }
 
+    /// The directory of a cache that someone else may have open: nothing in it is cleared away.
+    pub(super) fn beside(dir: PathBuf) -> Blobs {
+        let blobs = Blobs {
+            dir,
+            share: 0,
+            used: AtomicU64::new(0),
+            // Not the start: temporary files may be in use.
+            next_temporary: AtomicU64::new(1),
+            sweeping: Mutex::new(()),
+        };
+        let used = blobs.files().map_or(0, |files| files.iter().map(|file| file.length).sum());
+        blobs.used.store(used, Ordering::Relaxed);
+        blobs
+    }
+
     pub(super) fn used(&self) -> u64 {
         value(&self.used)
     }

@@ -18,10 +18,12 @@
 //! [`Cache::reload`] brings them back, verified again.
 
 mod blobs;
+pub mod care;
 mod chunk_ref;
 mod error;
 mod flight;
 mod index;
+mod kept;
 mod queue;
 mod slab;
 mod stats;
@@ -50,6 +52,7 @@ use crate::repo::MetaCache;
 use crate::units::ByteLen;
 use blobs::Blobs;
 use index::{Found, Index, Place, Shard};
+use kept::Kept;
 use queue::Queue;
 use slab::{Opened, Slab};
 use stats::{Counters, count, value};
@@ -95,6 +98,7 @@ impl CacheOptions {
 struct Inner {
     index: Index,
     counters: Counters,
+    kept: Kept,
 }
 
 /// The cache. Shared as `Arc<Cache>`.
@@ -127,7 +131,8 @@ impl Cache {
         let slab_limit = limit.0 - blob_share;
         let slab_log2 = ((slab_limit / SLABS).ilog2() as u8).clamp(MIN_SLAB_LOG2, MAX_SLAB_LOG2);
         let keep_free = keep_free.map_or_else(|| default_keep_free(dir), |bytes| bytes.0);
-        let inner = Arc::new(Inner { index: Index::new(), counters: Counters::default() });
+        let inner =
+            Arc::new(Inner { index: Index::new(), counters: Counters::default(), kept: Kept::default() });
         let mut writer = Writer::new(Books {
             inner: inner.clone(),
             lock: lock.clone(),
@@ -183,6 +188,16 @@ impl Cache {
     pub fn contains(&self, id: &ChunkId) -> bool {
         let shard = self.inner.index.shard(id);
         shard.place(id).is_some() || shard.staged.contains_key(id)
+    }
+
+    /// Never evicts these from now on, as long as this cache is open.
+    pub fn keep(&self, ids: impl IntoIterator<Item = ChunkId>) {
+        self.inner.kept.add(ids);
+    }
+
+    /// What chunks may take of the limit; a little less fits, by what slabs' own records take.
+    pub fn chunk_limit(&self) -> ByteLen {
+        ByteLen(self.limit.0 - (self.limit.0 / BLOB_SHARE).clamp(MIN_BLOB_SHARE, MAX_BLOB_SHARE))
     }
 
     /// Waits for room in the write queue. Those who fetch ask for it before they fetch and land in it

@@ -315,6 +315,10 @@ impl Writer {
     fn evict(&mut self, slab: &Arc<Slab>, slot: u32, spare_used: bool) -> Evicted {
         // Only this thread changes a slot's id.
         let id = slab.id(slot);
+        let filled = slab.slot(slot).state.load(Ordering::Relaxed) & FILLED != 0;
+        if filled && self.inner.kept.has(&id) {
+            return Evicted::No;
+        }
         let place = Place { slab: slab.number, slot: slot as u16 };
         let evicted = self.inner.index.shard(&id).evict(&id, place, spare_used);
         if evicted == Evicted::Yes {

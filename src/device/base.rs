@@ -1,10 +1,17 @@
 //! What a device stands on: a commit, read through the host's cache.
 //!
 //! Enters: chunk numbers. Leaves: verified chunks, or that there is nothing but zeros. Invariant: past the commit's end everything is zero; a chunk is fetched
-//! once however many ask for it.
+//! once however many ask for it; what is fetched before anyone asked leaves most of the room there is to those who ask.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use futures_util::{StreamExt, stream};
+use tokio::sync::{Notify, Semaphore};
+
+use super::ahead::Ahead;
+use super::touched::Touched;
 use crate::cache::{Cache, ChunkRef, Claim, FetchError, Flight, ROOM_SHARE, Settled};
 use crate::format::commit::BlockSize;
 use crate::format::{ChunkLocation, ChunkTable};
@@ -13,6 +20,14 @@ use crate::units::{BlockIndex, ByteLen, ByteOffset, ByteRange, ChunkIndex};
 
 /// Chunks asked of the repository at a time when a range is fetched ahead of its use.
 const PREFETCH_CHUNKS: usize = 64;
+/// The most that is read ahead of one reader: half a second of a line of 50 MB/s.
+const AHEAD: ByteLen = ByteLen(32 << 20);
+/// What is under way ahead of its use, of all readers of a device. Those who wait have the rest of the cache's write queue.
+const EARLY: ByteLen = ByteLen(24 << 20);
+/// Bytes fetched together ahead of their use: few enough that who comes to want one of them does not wait long for the others.
+const EARLY_SHARE: ByteLen = ByteLen(2 << 20);
+/// Tables loaded at once.
+const PARALLEL_TABLES: usize = 8;
 
 /// Chunks that were waited for, by their number; `None` is a chunk of zeros.
 pub type Fetched = Vec<(ChunkIndex, Option<ChunkRef>)>;
@@ -53,19 +68,60 @@ pub struct Base {
     chunk_len: u64,
     /// Bytes the commit has; a device may be larger.
     len: u64,
+    ahead: Ahead,
+    touched: Touched,
+    /// Chunks that may be under way ahead of their use.
+    early: Arc<Semaphore>,
+    /// Reads that wait for the repository now.
+    waiting: AtomicUsize,
+    /// Rung when nobody waits any more.
+    nobody_waits: Notify,
+}
+
+/// Someone waits for the repository, as long as this lives.
+struct Waiting<'b>(&'b Base);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if self.0.waiting.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.nobody_waits.notify_waiters();
+        }
+    }
 }
 
 impl Base {
-    /// A commit, read through `cache`.
+    /// A commit, read through `cache`; nothing is read ahead.
     pub fn new(version: Version, cache: Arc<Cache>) -> Base {
         let commit = version.commit();
         let (block_size, chunk_len, len) = (commit.block_size, commit.chunk_size.len() as u64, commit.size.0);
-        Base { version, cache, block_size, chunk_len, len }
+        Base {
+            version,
+            cache,
+            block_size,
+            chunk_len,
+            len,
+            ahead: Ahead::new(0),
+            touched: Touched::default(),
+            early: Arc::new(Semaphore::new((EARLY.0 / chunk_len).max(1) as usize)),
+            waiting: AtomicUsize::new(0),
+            nobody_waits: Notify::new(),
+        }
+    }
+
+    /// The same, reading ahead of those who read in order.
+    pub fn reading_ahead(self) -> Base {
+        let ahead = Ahead::new(AHEAD.0 / self.chunk_len);
+        Base { ahead, ..self }
     }
 
     /// The commit.
     pub fn version(&self) -> &Version {
         &self.version
+    }
+
+    /// Bytes the commit has.
+    pub fn len(&self) -> ByteLen {
+        ByteLen(self.len)
     }
 
     /// Bytes of a chunk.
@@ -117,6 +173,38 @@ impl Base {
         }
     }
 
+    /// Whether a read of this chunk is to go the slow way, through [`Base::fetch`], though the chunk is here: it is time to read ahead.
+    #[inline]
+    pub fn is_mark(&self, chunk: ChunkIndex) -> bool {
+        self.ahead.is_mark(chunk)
+    }
+
+    /// Every read says which chunks it uses.
+    #[inline]
+    pub fn note_use(&self, chunk: ChunkIndex) {
+        self.touched.note(chunk);
+    }
+
+    /// Begins a list of the chunks that reads use, in order; one that was begun before is dropped.
+    pub fn start_list(&self) {
+        self.touched.start(self.len.div_ceil(self.chunk_len));
+    }
+
+    /// How long the list is.
+    pub fn list_len(&self) -> usize {
+        self.touched.len()
+    }
+
+    /// The list as it is now.
+    pub fn list_so_far(&self) -> Vec<ChunkIndex> {
+        self.touched.so_far()
+    }
+
+    /// Ends the list; `None` where there is none.
+    pub fn end_list(&self) -> Option<Vec<ChunkIndex>> {
+        self.touched.stop()
+    }
+
     /// Where a chunk is stored, by its block's table; `None` where it is zeros.
     #[inline]
     pub fn location(&self, table: Option<&ChunkTable>, chunk: ChunkIndex) -> Option<ChunkLocation> {
@@ -153,8 +241,57 @@ impl Base {
         }
     }
 
-    /// Brings chunks here and appends them to `fetched`; each is asked of the repository once, whoever else waits for it.
-    pub async fn fetch(&self, chunks: &[ChunkIndex], fetched: &mut Fetched) -> Result<(), BaseError> {
+    /// Brings chunks that someone waits for here and appends them to `fetched`; each is asked of the repository once, whoever else waits for it.
+    pub async fn fetch(
+        self: &Arc<Self>,
+        chunks: &[ChunkIndex],
+        fetched: &mut Fetched,
+    ) -> Result<(), BaseError> {
+        if let (Some(first), Some(last)) = (chunks.first(), chunks.last()) {
+            let end = self.len.div_ceil(self.chunk_len);
+            if let Some(soon) = self.ahead.used(first.0..last.0 + 1, end) {
+                let base = self.clone();
+                // Nobody waits for it: an error comes again when someone does.
+                tokio::spawn(async move { base.fetch_early(soon.map(ChunkIndex)).await });
+            }
+        }
+        self.waiting.fetch_add(1, Ordering::AcqRel);
+        let _waiting = Waiting(self);
+        self.bring(chunks, fetched).await
+    }
+
+    /// Waits until no read waits for the repository.
+    pub async fn quiet(&self) {
+        loop {
+            let quiet = self.nobody_waits.notified();
+            if self.waiting.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            quiet.await;
+        }
+    }
+
+    /// Loads the tables of blocks that are not in memory yet, several at once.
+    async fn load_tables(&self, chunks: &[ChunkIndex]) -> Result<(), BaseError> {
+        let blocks: BTreeSet<BlockIndex> = chunks
+            .iter()
+            .filter(|chunk| !self.is_past_the_end(**chunk))
+            .map(|chunk| self.block_of(*chunk))
+            .filter(|block| self.version.table_if_loaded(*block).is_none())
+            .collect();
+        if blocks.len() < 2 {
+            // The one who wants it loads it.
+            return Ok(());
+        }
+        let mut loads = stream::iter(blocks).map(|block| self.table(block)).buffer_unordered(PARALLEL_TABLES);
+        while let Some(loaded) = loads.next().await {
+            loaded?;
+        }
+        Ok(())
+    }
+
+    async fn bring(&self, chunks: &[ChunkIndex], fetched: &mut Fetched) -> Result<(), BaseError> {
+        self.load_tables(chunks).await?;
         let mut wanted = Vec::with_capacity(chunks.len());
         for &chunk in chunks {
             let table =
@@ -244,10 +381,48 @@ impl Base {
             at = ByteOffset(start.0 + self.chunk_len);
             batch.push(chunk);
             if batch.len() == PREFETCH_CHUNKS {
-                self.fetch(&std::mem::take(&mut batch), &mut Vec::new()).await?;
+                self.bring(&std::mem::take(&mut batch), &mut Vec::new()).await?;
             }
         }
-        self.fetch(&batch, &mut Vec::new()).await
+        self.bring(&batch, &mut Vec::new()).await
+    }
+
+    /// Brings chunks here before anyone asks for them, in about their order, some of them at once. How many bytes of chunks were not here before.
+    pub async fn fetch_early(
+        self: &Arc<Self>,
+        chunks: impl IntoIterator<Item = ChunkIndex, IntoIter: Send>,
+    ) -> Result<ByteLen, BaseError> {
+        let share = (EARLY_SHARE.0 / self.chunk_len).max(1) as usize;
+        let mut chunks = chunks.into_iter();
+        let shares = std::iter::from_fn(move || {
+            let share: Vec<ChunkIndex> = chunks.by_ref().take(share).collect();
+            (!share.is_empty()).then_some(share)
+        });
+        let at_once = (EARLY.0 / EARLY_SHARE.0) as usize;
+        let mut shares = stream::iter(shares).map(|share| self.fetch_share(share)).buffer_unordered(at_once);
+        let mut brought = 0;
+        while let Some(share) = shares.next().await {
+            brought += share?.0;
+        }
+        Ok(ByteLen(brought))
+    }
+
+    async fn fetch_share(self: &Arc<Self>, chunks: Vec<ChunkIndex>) -> Result<ByteLen, BaseError> {
+        let permits = self.early.clone().acquire_many_owned(chunks.len() as u32).await;
+        let _permits = permits.expect("the semaphore is never closed");
+        self.load_tables(&chunks).await?;
+        let mut away = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            let table =
+                if self.is_past_the_end(chunk) { None } else { self.table(self.block_of(chunk)).await? };
+            if self.location(table.as_deref(), chunk).is_some_and(|location| !self.is_cached(&location)) {
+                away.push(chunk);
+            }
+        }
+        let bytes = ByteLen(away.len() as u64 * self.chunk_len);
+        let mut fetched = Fetched::new();
+        self.bring(&away, &mut fetched).await?;
+        Ok(bytes)
     }
 }
 

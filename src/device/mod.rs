@@ -7,20 +7,23 @@
 //! fetched, a page of a file to be read, another write to the same page); it is for the thread that serves a connection. The `async` form then waits; it is
 //! for a task of its own.
 
+mod ahead;
 mod base;
 mod error;
 mod fence;
 mod read;
 mod status;
 mod stripes;
+mod touched;
 mod write;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::delta::Delta;
 use crate::units::{ByteLen, ByteRange};
 
-pub use base::Base;
+pub use base::{Base, BaseError};
 pub use error::DeviceError;
 pub use fence::Fence;
 pub use read::Piece;
@@ -38,7 +41,7 @@ pub enum Now {
 
 /// A disk. Requests may come from any number of threads at once.
 pub struct Device {
-    base: Base,
+    base: Arc<Base>,
     /// `None` where there are no writes and never will be.
     delta: Option<Delta>,
     read_only: bool,
@@ -52,7 +55,14 @@ impl Device {
     /// A device of `size` bytes: `base`, and where that ends zeros, under `delta`. Without a delta it can't be written to.
     pub fn new(base: Base, delta: Option<Delta>, size: ByteLen) -> Device {
         let read_only = delta.is_none();
-        Device { base, delta, read_only, size, stripes: Stripes::new(), committing: AtomicBool::new(false) }
+        Device {
+            base: Arc::new(base),
+            delta,
+            read_only,
+            size,
+            stripes: Stripes::new(),
+            committing: AtomicBool::new(false),
+        }
     }
 
     /// The same, refusing writes.
@@ -76,7 +86,7 @@ impl Device {
     }
 
     /// What it stands on.
-    pub fn base(&self) -> &Base {
+    pub fn base(&self) -> &Arc<Base> {
         &self.base
     }
 

@@ -227,8 +227,10 @@ impl Device {
             match here {
                 Here::Zero => push_zero(pieces, end.0 - at.0),
                 Here::Away => lacking.chunks.push(index),
+                Here::Chunk(_) if known.is_err() && self.base.is_mark(index) => lacking.chunks.push(index),
                 // What was waited for counts as in memory: asking again could go on for ever on a host short of it.
                 Here::Chunk(chunk) if known.is_ok() || chunk.is_resident(part.clone()) => {
+                    self.base.note_use(index);
                     pieces.push(Piece::Chunk(chunk.slice(part)));
                 }
                 Here::Chunk(chunk) => lacking.asleep.push((index, chunk)),

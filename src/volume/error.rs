@@ -4,9 +4,11 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::delta::DeltaError;
-use crate::format::CommitId;
+use crate::device::BaseError;
+use crate::format::{ChunkId, CommitId};
 use crate::lock::LockError;
 use crate::repo::RepoError;
+use crate::units::ByteLen;
 
 /// A volume that can't be opened.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +48,37 @@ pub enum VolumeError {
         /// What is wrong with it.
         problem: String,
     },
+    /// Which version is asked for can't be known now.
+    #[error("volume {volume}: the repository is out of reach, so what {reference} stands for can't be known")]
+    Away {
+        /// The volume.
+        volume: String,
+        /// What was asked for.
+        reference: String,
+    },
+    /// All of a volume does not fit the cache.
+    #[error("volume {volume} needs {} of the cache, which holds {}", needed.human(), limit.human())]
+    CacheTooSmall {
+        /// The volume.
+        volume: String,
+        /// What it needs.
+        needed: ByteLen,
+        /// What there is for chunks.
+        limit: ByteLen,
+    },
+    /// The cache could not keep all that was fetched.
+    #[error(
+        "volume {volume}: the cache did not keep chunk {chunk}: its disk is full, or the limit too tight"
+    )]
+    NotKept {
+        /// The volume.
+        volume: String,
+        /// One that is missing.
+        chunk: ChunkId,
+    },
+    /// A part of the commit could not be fetched.
+    #[error(transparent)]
+    Base(#[from] BaseError),
     /// The volume is there, but of another repository.
     #[error("volume {volume} is of the repository {recorded}, not of {asked}")]
     OtherRepository {

@@ -4,15 +4,19 @@
 //! as long as its delta holds anything; its directory is locked by whoever has it open.
 
 mod error;
+pub mod pin;
+pub mod prefetch;
 mod record;
 mod state_dir;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use error::VolumeError;
+pub use prefetch::Prefetch;
 pub use record::{RECORD_FILE, VolumeRecord};
-pub use state_dir::{StateDir, default_state_dir};
+pub use state_dir::{StateDir, default_state_dir, volume_dir};
 
 use crate::cache::Cache;
 use crate::delta::disk::OsDir;
@@ -22,6 +26,9 @@ use crate::format::CommitId;
 use crate::lock::FileLock;
 use crate::repo::{ImageName, MetaCache, Reference, Repository, Version, VersionOptions};
 use crate::units::{ByteLen, PAGE_SIZE};
+
+/// How long a start waits for the repository where it could do without.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Which version of which image a volume is to be a view of.
 #[derive(Clone, Debug)]
@@ -41,6 +48,8 @@ pub struct Volume {
     device: Arc<Device>,
     /// The branch's tip, where the volume stands on an older commit.
     newer: Option<CommitId>,
+    /// Its directory; `None` for a view that leaves nothing behind.
+    dir: Option<PathBuf>,
     _lock: Option<FileLock>,
 }
 
@@ -65,13 +74,21 @@ impl Volume {
             (None, reference) => resolve(&reference.clone().unwrap_or_default()).await?,
             (Some(record), reference) => {
                 record.check_repository(&name, source, repository)?;
-                match reference {
-                    Some(reference) => record.check_base(&name, reference, resolve(reference).await?)?,
-                    // For the message alone: a repository that can't be reached now must not keep the volume from its user.
-                    None => {
-                        let tip = resolve(&Reference::default()).await.ok();
-                        newer = tip.filter(|tip| *tip != record.commit);
+                let asked = reference.clone().unwrap_or_default();
+                // A repository that can't be reached now must not keep the volume from its user.
+                let resolved = tokio::time::timeout(PATIENCE, resolve(&asked)).await;
+                match (reference, resolved) {
+                    (Some(reference), Ok(Ok(asked))) => record.check_base(&name, reference, asked)?,
+                    (Some(reference), Err(_)) if record.is_of(reference) => {}
+                    (Some(reference), Ok(Err(error)))
+                        if prefetch::is_away(&error) && record.is_of(reference) => {}
+                    (Some(_), Ok(Err(error))) => return Err(error.into()),
+                    (Some(reference), Err(_)) => {
+                        let (volume, reference) = (name.clone(), reference.to_string());
+                        return Err(VolumeError::Away { volume, reference });
                     }
+                    // For the message alone.
+                    (None, tip) => newer = tip.ok().and_then(Result::ok).filter(|tip| *tip != record.commit),
                 }
                 record.commit
             }
@@ -79,21 +96,23 @@ impl Volume {
         let version =
             Version::open(repository, &source.image, commit, meta.clone(), VersionOptions::default()).await?;
         let size = version.commit().size;
-        let base = Base::new(version, cache.clone());
+        let base = Base::new(version, cache.clone()).reading_ahead();
         let record = recorded.clone().unwrap_or_else(|| VolumeRecord::new(source, repository, commit, size));
         if recorded.is_none() && read_only {
             let device = Arc::new(Device::new(base, None, size));
-            return Ok(Volume { name, record, device, newer, _lock: None });
+            return Ok(Volume { name, record, device, newer, dir: None, _lock: None });
         }
         let opening = {
-            let (name, record, is_new) = (name.clone(), record.clone(), recorded.is_none());
+            let (dir, name, record, is_new) = (dir.clone(), name.clone(), record.clone(), recorded.is_none());
             move || open_delta(&dir, &name, &record, is_new)
         };
         let (lock, delta) =
             tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
         let device = Device::new(base, Some(delta), record.size);
         let device = Arc::new(if read_only { device.into_read_only() } else { device });
-        Ok(Volume { name, record, device, newer, _lock: Some(lock) })
+        let volume = Volume { name, record, device, newer, dir: Some(dir), _lock: Some(lock) };
+        volume.keep_pinned(cache).await?;
+        Ok(volume)
     }
 
     /// Its name, which is its export's.

@@ -97,6 +97,16 @@ impl VolumeRecord {
         })
     }
 
+    /// The repository's id; `None` where the record has none that can be.
+    pub fn repository_id(&self) -> Option<[u8; 16]> {
+        ids::parse_hex(&self.repository)
+    }
+
+    /// Whether the volume was made of this reference.
+    pub(super) fn is_of(&self, reference: &Reference) -> bool {
+        self.reference.as_deref().unwrap_or(Reference::default().name()) == reference.to_string()
+    }
+
     /// Refuses a volume of another version than the one asked for.
     pub(super) fn check_base(
         &self,

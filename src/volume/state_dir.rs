@@ -50,8 +50,13 @@ impl StateDir {
 
     /// Where a volume is. `volume` is an image's name, so it can't leave the directory.
     pub fn volume_dir(&self, volume: &str) -> PathBuf {
-        self.root.join("volumes").join(volume)
+        volume_dir(&self.root, volume)
     }
+}
+
+/// Where a volume is, in a state directory that another process may hold.
+pub fn volume_dir(state_dir: &Path, volume: &str) -> PathBuf {
+    state_dir.join("volumes").join(volume)
 }
 
 /// Where the state is kept unless the user says otherwise; `None` where a user has neither a state nor a home directory.

@@ -3,8 +3,11 @@
 //! Enters: a command line. Leaves: results on standard output, progress and errors on standard error; exit code 0 done, 1 failed, 2 usage.
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+mod cache;
 mod image;
+mod prefetch;
 mod progress;
+mod sync;
 
 use std::process::ExitCode;
 
@@ -25,18 +28,37 @@ enum Command {
     ImageFromDir(image::FromDir),
     /// Make an image of an existing raw image or block device
     ImageFromFile(image::FromFile),
+    /// What a volume's start reads: list it, show it, keep it with its commit
+    Prefetch(prefetch::Prefetch),
+    /// Fetch all of a volume, and keep it here: it can be served with the repository away
+    Pin(cache::Pin),
+    /// Let a pinned volume leave the cache again
+    Unpin(cache::Unpin),
+    /// What is here of which volume; verify it; free what nobody needs
+    Cache(cache::CacheCommand),
+    /// Copy a repository, or one image of it, to another place: what is missing there
+    Sync(sync::Sync),
 }
 
 fn main() -> ExitCode {
-    let result = match Args::parse().command {
-        Command::ImageFromDir(command) => command.run(),
-        Command::ImageFromFile(command) => command.run(),
-    };
+    match Args::parse().command {
+        Command::ImageFromDir(command) => end(command.run(), image::Error::hint),
+        Command::ImageFromFile(command) => end(command.run(), image::Error::hint),
+        Command::Prefetch(command) => end(command.run(), prefetch::Error::hint),
+        Command::Pin(command) => end(command.run(), cache::Error::hint),
+        Command::Unpin(command) => end(command.run(), cache::Error::hint),
+        Command::Cache(command) => end(command.run(), cache::Error::hint),
+        Command::Sync(command) => end(command.run(), sync::Error::hint),
+    }
+}
+
+/// Says what went wrong and what to do about it.
+fn end<E: std::fmt::Display>(result: Result<(), E>, hint: impl Fn(&E) -> Option<String>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
-            if let Some(hint) = error.hint() {
+            if let Some(hint) = hint(&error) {
                 eprintln!("hint: {hint}");
             }
             ExitCode::FAILURE

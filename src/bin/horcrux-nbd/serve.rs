@@ -8,22 +8,27 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use horcrux::cache::{Cache, CacheError, CacheOptions};
 use horcrux::nbd::{Endpoint, Export, Listener, ServeError, Server, ServerOptions};
 use horcrux::repo::{ImageName, Reference, RepoError, Repository};
-use horcrux::store::{self, UrlError};
+use horcrux::store::{MirrorStore, RepositoryUrl, RetryOptions, RetryStore, Store, UrlError};
 use horcrux::units::ByteLen;
-use horcrux::volume::{Source, StateDir, Volume, VolumeError, default_state_dir};
+use horcrux::volume::prefetch::is_away;
+use horcrux::volume::{Prefetch, Source, StateDir, Volume, VolumeError, VolumeRecord, default_state_dir};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+/// How long the server's end waits for prefetch lists to be kept.
+const LAST_ACT: Duration = Duration::from_secs(5);
+
 /// What `serve` takes.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Repository the images are in: a directory, or a URL
-    #[arg(long, value_name = "REPO")]
-    access: String,
+    /// Repository the images are in: a directory, or a URL; may be given more than once, for copies of one repository in several places
+    #[arg(long, value_name = "REPO", required = true)]
+    access: Vec<String>,
     /// Image to serve, and which version of it; may be given more than once
     #[arg(long = "name", value_name = "NAME[@REF]", required = true, value_parser = parse_name)]
     names: Vec<Name>,
@@ -42,9 +47,32 @@ pub struct Args {
     /// Bytes of disk the cache may take
     #[arg(long, value_name = "SIZE", default_value = "16G")]
     cache_size: ByteLen,
+    /// What to fetch before it is asked for: nothing, what an earlier start read (its own, or a list kept with the commit), or everything
+    #[arg(long, value_enum, default_value = "learned")]
+    prefetch: PrefetchMode,
+    /// Bytes a second that '--prefetch all' may fetch of what nobody asked for
+    #[arg(long, value_name = "SIZE")]
+    prefetch_rate: Option<ByteLen>,
     /// Seconds a client has to choose an export, after which its connection is closed
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=3600))]
     handshake_limit: u64,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum PrefetchMode {
+    All,
+    None,
+    Learned,
+}
+
+impl From<PrefetchMode> for Prefetch {
+    fn from(mode: PrefetchMode) -> Prefetch {
+        match mode {
+            PrefetchMode::All => Prefetch::All,
+            PrefetchMode::None => Prefetch::None,
+            PrefetchMode::Learned => Prefetch::Learned,
+        }
+    }
 }
 
 /// `NAME[@REF]`, where no REF is not the same as `@main`: it goes on with what the volume has.
@@ -118,26 +146,79 @@ async fn serve(args: Args) -> Result<(), Error> {
     }
     let listeners = endpoints.iter().map(Listener::bind).collect::<Result<Vec<_>, _>>()?;
 
-    let repository = Repository::open(store::url::open(&args.access)?).await?;
+    let repository = open_repository(&args.access, &state, &args.names).await?;
     let (cache_dir, options) = (state.cache_dir(), CacheOptions::new(args.cache_size));
     let opening = move || Cache::open(&cache_dir, options);
     let cache = tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
     let mut volumes = Vec::new();
     for name in args.names {
-        let source = Source { access: args.access.clone(), image: name.image, reference: name.reference };
-        volumes.push(Volume::open(&state, &cache, &repository, &source, args.read_only).await?);
+        let source = Source { access: args.access[0].clone(), image: name.image, reference: name.reference };
+        let volume = Volume::open(&state, &cache, &repository, &source, args.read_only).await?;
+        volumes.push(Arc::new(volume));
     }
 
-    let exports = volumes.iter().map(export).collect();
+    let exports = volumes.iter().map(|volume| export(volume)).collect();
     announce(&volumes, &listeners).map_err(|error| Error::System("tell where it listens", error))?;
     let handshake_limit = Duration::from_secs(args.handshake_limit);
     let options = ServerOptions { handshake_limit, ..ServerOptions::default() };
     let server = Server::new(exports, listeners, options)?;
+    let fetching: Vec<_> = volumes
+        .iter()
+        .map(|volume| {
+            let work = volume.clone().prefetch(args.prefetch.into(), args.prefetch_rate, stop.clone());
+            tokio::spawn(work)
+        })
+        .collect();
     let failed = server.run(stop).await;
+    for work in fetching {
+        // Its last act is to keep a list; the server's stop has told it.
+        let _ = tokio::time::timeout(LAST_ACT, work).await;
+    }
     let stats = cache.stats();
     let (hits, misses, fetched, healed) = (stats.hits, stats.misses, stats.fetched.0, stats.healed);
     tracing::info!(hits, misses, fetched_bytes = fetched, healed, cached_bytes = stats.used.0, "stopped");
     if failed > 0 { Err(Error::NotFlushed(failed)) } else { Ok(()) }
+}
+
+/// Opens the repository; where it is out of reach, goes on with what is known of it, if all the volumes are here.
+async fn open_repository(access: &[String], state: &StateDir, names: &[Name]) -> Result<Repository, Error> {
+    let error = match Repository::open(open_store(access, RetryOptions::default())?).await {
+        Ok(repository) => return Ok(repository),
+        Err(error) => error,
+    };
+    let known = if is_away(&error) { known_repository(state, names)? } else { None };
+    let Some(id) = known else { return Err(error.into()) };
+    tracing::warn!(%error, "the repository is out of reach: serving what is here");
+    // It has answered on another day.
+    let defaults = RetryOptions::default();
+    let store = open_store(access, RetryOptions { first_contact: defaults.deadline, ..defaults })?;
+    Ok(Repository::opened_before(store, id))
+}
+
+/// The place, or the copies in several places as one: they are tried in turn, and all again while none works.
+fn open_store(access: &[String], options: RetryOptions) -> Result<Arc<dyn Store>, UrlError> {
+    let urls = access.iter().map(|url| url.parse()).collect::<Result<Vec<RepositoryUrl>, _>>()?;
+    Ok(match urls.as_slice() {
+        [one] => one.open_with(options),
+        several => {
+            let copies = several.iter().map(RepositoryUrl::open_bare).collect();
+            Arc::new(RetryStore::new(Arc::new(MirrorStore::new(copies)), options))
+        }
+    })
+}
+
+/// The id of the repository that all these volumes are of; `None` where one of them was never here.
+fn known_repository(state: &StateDir, names: &[Name]) -> Result<Option<[u8; 16]>, VolumeError> {
+    let mut known = None;
+    for name in names {
+        let record = VolumeRecord::load(&state.volume_dir(&name.image.to_string()))?;
+        let id = record.and_then(|record| record.repository_id());
+        if id.is_none() || known.is_some_and(|known| Some(known) != id) {
+            return Ok(None);
+        }
+        known = id;
+    }
+    Ok(known)
 }
 
 fn export(volume: &Volume) -> Arc<Export> {
@@ -151,7 +232,7 @@ fn export(volume: &Volume) -> Arc<Export> {
 const IN_URI: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// Says where each export is and how to attach it. Standard output is read by people and scripts: one paragraph for each export.
-fn announce(volumes: &[Volume], listeners: &[Listener]) -> io::Result<()> {
+fn announce(volumes: &[Arc<Volume>], listeners: &[Listener]) -> io::Result<()> {
     use std::io::Write;
     let mut out = io::stdout().lock();
     for volume in volumes {

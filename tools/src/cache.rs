@@ -1,0 +1,314 @@
+//! `pin`, `unpin` and `cache`: what is here, that it is right, that it stays, and giving space back.
+//!
+//! Enters: a state directory. Leaves: figures on standard output; chunks fetched or freed. Looking works beside a running server; what changes the cache does not.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::Subcommand;
+use horcrux::cache::care::{KeptMeta, Survey, prune, survey, verify};
+use horcrux::cache::{Cache, CacheError, CacheOptions};
+use horcrux::format::ChunkId;
+use horcrux::repo::{ImageName, MetaCache, RepoError, Repository, Version, VersionOptions};
+use horcrux::store::{self, UrlError};
+use horcrux::units::ByteLen;
+use horcrux::volume::pin::{chunks_of, is_pinned, unpin};
+use horcrux::volume::{Source, StateDir, Volume, VolumeError, VolumeRecord, default_state_dir, volume_dir};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+/// Where the state is.
+#[derive(clap::Args)]
+struct Place {
+    /// Where volumes and cache are kept [default: /var/lib/horcrux for root, else $XDG_STATE_HOME/horcrux]
+    #[arg(long, value_name = "DIR", env = "HORCRUX_STATE_DIR", global = true)]
+    state_dir: Option<PathBuf>,
+}
+
+/// `pin`.
+#[derive(clap::Args)]
+pub struct Pin {
+    #[command(flatten)]
+    place: Place,
+    /// Bytes of disk the cache may take
+    #[arg(long, value_name = "SIZE", default_value = "16G")]
+    cache_size: ByteLen,
+    /// The volume
+    volume: ImageName,
+}
+
+/// `unpin`.
+#[derive(clap::Args)]
+pub struct Unpin {
+    #[command(flatten)]
+    place: Place,
+    /// The volume
+    volume: ImageName,
+}
+
+/// `cache`.
+#[derive(clap::Args)]
+pub struct CacheCommand {
+    #[command(flatten)]
+    place: Place,
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// List the volumes and how much of each is here
+    Ls {
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say how much is here, and what it takes of the disk
+    Stat {
+        /// Print it as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Free what no volume here needs
+    Prune {
+        /// Free everything but what pinned volumes need
+        #[arg(long)]
+        all: bool,
+    },
+    /// Read everything that is here and throw away what is damaged
+    Verify,
+}
+
+/// Why it did not work.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Url(#[from] UrlError),
+    #[error(transparent)]
+    Repo(#[from] RepoError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    #[error("no state directory: neither --state-dir, HORCRUX_STATE_DIR, XDG_STATE_HOME nor HOME is set")]
+    NoStateDir,
+    #[error("there is no volume {volume} in {}", state_dir.display())]
+    NoVolume { volume: String, state_dir: PathBuf },
+    #[error("can't tell what volume {volume} needs: {source}")]
+    Unknown { volume: String, source: Box<RepoError> },
+    #[error("can't start: {0}")]
+    Runtime(std::io::Error),
+    #[error("can't read {}: {source}", dir.display())]
+    Read { dir: PathBuf, source: std::io::Error },
+    #[error("can't print: {0}")]
+    Print(#[from] std::io::Error),
+}
+
+impl Error {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Error::NoVolume { .. } => {
+                Some("'horcrux-nbd serve' makes a volume; check --state-dir".to_owned())
+            }
+            Error::Volume(VolumeError::StateDirInUse { .. }) => Some(
+                "stop that server first, or have it fetch everything with 'serve --prefetch all'".to_owned(),
+            ),
+            Error::Cache(CacheError::InUse { .. }) => Some("stop that server first".to_owned()),
+            Error::Volume(VolumeError::CacheTooSmall { needed, .. }) => Some(format!(
+                "give --cache-size {}M or more, here and to 'serve'",
+                (needed.0 + needed.0 / 16).div_ceil(1 << 20) + 2
+            )),
+            Error::Unknown { .. } => {
+                Some("its map is not all here: run it again when the repository can be reached".to_owned())
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Place {
+    fn state_dir(&self) -> Result<PathBuf, Error> {
+        self.state_dir.clone().or_else(default_state_dir).ok_or(Error::NoStateDir)
+    }
+}
+
+fn record(state_dir: &Path, volume: &str) -> Result<VolumeRecord, Error> {
+    VolumeRecord::load(&volume_dir(state_dir, volume))?
+        .ok_or_else(|| Error::NoVolume { volume: volume.to_owned(), state_dir: state_dir.to_owned() })
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, Error> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)
+}
+
+impl Pin {
+    /// Runs the command.
+    pub fn run(self) -> Result<(), Error> {
+        let state_dir = self.place.state_dir()?;
+        let record = record(&state_dir, self.volume.as_str())?;
+        let state = StateDir::open(&state_dir)?;
+        let cache = Cache::open(&state.cache_dir(), CacheOptions::new(self.cache_size))?;
+        let store = store::url::open(&record.access)?;
+        let brought = runtime()?.block_on(async {
+            let repository = Repository::open(store).await?;
+            let source = Source { access: record.access, image: self.volume.clone(), reference: None };
+            let volume = Volume::open(&state, &cache, &repository, &source, true).await?;
+            Ok::<_, Error>(volume.pin(&cache).await?)
+        })?;
+        println!("{}: all of it is here and stays ({} fetched)", self.volume, brought.human());
+        Ok(())
+    }
+}
+
+impl Unpin {
+    /// Runs the command.
+    pub fn run(self) -> Result<(), Error> {
+        let state_dir = self.place.state_dir()?;
+        record(&state_dir, self.volume.as_str())?;
+        unpin(&volume_dir(&state_dir, self.volume.as_str()))?;
+        println!("{}: may leave the cache from the next start on", self.volume);
+        Ok(())
+    }
+}
+
+/// One volume and what of it is here.
+#[derive(Serialize)]
+struct Held {
+    volume: String,
+    pinned: bool,
+    chunks: u64,
+    chunks_here: u64,
+    bytes_here: u64,
+}
+
+impl CacheCommand {
+    /// Runs the command.
+    pub fn run(self) -> Result<(), Error> {
+        let state_dir = self.place.state_dir()?;
+        let cache_dir = state_dir.join("cache");
+        match self.action {
+            Action::Stat { json } => stat(&survey(&cache_dir)?, json),
+            Action::Ls { json } => ls(&state_dir, &survey(&cache_dir)?, json),
+            Action::Prune { all } => {
+                let needed = needed(&state_dir, |dir| !all || is_pinned(dir))?;
+                let freed = prune(&cache_dir, |id| needed.values().any(|chunks| chunks.contains(id)))?;
+                println!("{} chunks freed, {} given back", freed.chunks, freed.bytes.human());
+                Ok(())
+            }
+            Action::Verify => {
+                let bar = bar();
+                let verified = verify(&cache_dir, |bytes| bar.inc(bytes.0))?;
+                bar.finish_and_clear();
+                println!("{} chunks are good, {} were damaged and are gone", verified.good, verified.damaged);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// On a terminal; indicatif shows nothing elsewhere.
+fn bar() -> ProgressBar {
+    let bar = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {bytes} read, {binary_bytes_per_sec}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// What each volume needs, by its map, which is in the cache or comes from the repository.
+fn needed(state_dir: &Path, of: impl Fn(&Path) -> bool) -> Result<BTreeMap<String, HashSet<ChunkId>>, Error> {
+    let dir = state_dir.join("volumes");
+    let mut needed = BTreeMap::new();
+    let listed = match std::fs::read_dir(&dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(needed),
+        other => other.map_err(|source| Error::Read { dir: dir.clone(), source })?,
+    };
+    let runtime = runtime()?;
+    for entry in listed {
+        let entry = entry.map_err(|source| Error::Read { dir: dir.clone(), source })?;
+        let Some(record) = VolumeRecord::load(&entry.path())?.filter(|_| of(&entry.path())) else { continue };
+        let volume = entry.file_name().to_string_lossy().into_owned();
+        let chunks = runtime.block_on(chunks_of_record(state_dir, &record));
+        let chunks = chunks.map_err(|source| match source {
+            Error::Repo(source) => Error::Unknown { volume: volume.clone(), source: Box::new(source) },
+            other => other,
+        })?;
+        needed.insert(volume, chunks);
+    }
+    Ok(needed)
+}
+
+async fn chunks_of_record(state_dir: &Path, record: &VolumeRecord) -> Result<HashSet<ChunkId>, Error> {
+    let meta: Arc<dyn MetaCache> = Arc::new(KeptMeta::open(&state_dir.join("cache")));
+    let repository = Repository::opened_before(
+        store::url::open(&record.access)?,
+        record.repository_id().unwrap_or_default(),
+    );
+    let image: ImageName = record.image.parse()?;
+    let version = Version::open(&repository, &image, record.commit, meta, VersionOptions::default()).await?;
+    Ok(chunks_of(&version).await?)
+}
+
+fn ls(state_dir: &Path, survey: &Survey, json: bool) -> Result<(), Error> {
+    let held: Vec<Held> = needed(state_dir, |_| true)?
+        .into_iter()
+        .map(|(volume, chunks)| {
+            let here: Vec<u64> =
+                chunks.iter().filter_map(|id| survey.chunks.get(id)).map(|len| len.0).collect();
+            Held {
+                pinned: is_pinned(&volume_dir(state_dir, &volume)),
+                volume,
+                chunks: chunks.len() as u64,
+                chunks_here: here.len() as u64,
+                bytes_here: here.iter().sum(),
+            }
+        })
+        .collect();
+    if json {
+        serde_json::to_writer_pretty(std::io::stdout(), &held).map_err(std::io::Error::from)?;
+        println!();
+        return Ok(());
+    }
+    for held in &held {
+        let pinned = if held.pinned { ", pinned" } else { "" };
+        let here = ByteLen(held.bytes_here).human();
+        println!("{}: {} of {} chunks are here ({here}{pinned})", held.volume, held.chunks_here, held.chunks);
+    }
+    Ok(())
+}
+
+/// The figures, as `--json` prints them.
+#[derive(Serialize)]
+struct Figures {
+    chunks: u64,
+    chunk_bytes: u64,
+    slab_files: u64,
+    slab_bytes_on_disk: u64,
+    map_bytes: u64,
+}
+
+fn stat(survey: &Survey, json: bool) -> Result<(), Error> {
+    let figures = Figures {
+        chunks: survey.chunks.len() as u64,
+        chunk_bytes: survey.chunks.values().map(|len| len.0).sum(),
+        slab_files: survey.slabs,
+        slab_bytes_on_disk: survey.slab_bytes.0,
+        map_bytes: survey.blob_bytes.0,
+    };
+    if json {
+        serde_json::to_writer_pretty(std::io::stdout(), &figures).map_err(std::io::Error::from)?;
+        println!();
+        return Ok(());
+    }
+    println!(
+        "{} chunks ({}) in {} files that take {} of the disk; {} of maps",
+        figures.chunks,
+        ByteLen(figures.chunk_bytes).human(),
+        figures.slab_files,
+        survey.slab_bytes.human(),
+        survey.blob_bytes.human()
+    );
+    Ok(())
+}

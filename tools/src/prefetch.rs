@@ -1,0 +1,155 @@
+//! `prefetch`: the list of what a volume's start reads.
+//!
+//! Enters: a volume of a state directory. Leaves: the list on standard output, kept with its commit, or a mark that asks the server for a new one. Works beside a
+//! running server.
+
+use std::path::PathBuf;
+
+use clap::Subcommand;
+use horcrux::format::PrefetchList;
+use horcrux::repo::{ImageName, RepoError, Repository};
+use horcrux::store::{self, UrlError};
+use horcrux::volume::prefetch::{ask_for_list, load_list};
+use horcrux::volume::{VolumeError, VolumeRecord, default_state_dir, volume_dir};
+use serde::Serialize;
+
+/// `prefetch`.
+#[derive(clap::Args)]
+pub struct Prefetch {
+    #[command(subcommand)]
+    action: Action,
+    /// Where the volume is kept [default: /var/lib/horcrux for root, else $XDG_STATE_HOME/horcrux]
+    #[arg(long, value_name = "DIR", env = "HORCRUX_STATE_DIR", global = true)]
+    state_dir: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Have the next 'serve' list anew what the volume's first five minutes read (it does so by itself where there is no list)
+    Record {
+        /// The volume
+        volume: ImageName,
+    },
+    /// Show the volume's list
+    Show {
+        /// The volume
+        volume: ImageName,
+        /// Print it as JSON, all runs of chunks included
+        #[arg(long)]
+        json: bool,
+    },
+    /// Keep the volume's list with its commit in the repository: starts on other hosts fetch by it
+    Push {
+        /// The volume
+        volume: ImageName,
+    },
+}
+
+/// Why it did not work.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Url(#[from] UrlError),
+    #[error(transparent)]
+    Repo(#[from] RepoError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error("no state directory: neither --state-dir, HORCRUX_STATE_DIR, XDG_STATE_HOME nor HOME is set")]
+    NoStateDir,
+    #[error("there is no volume {volume} in {}", state_dir.display())]
+    NoVolume { volume: String, state_dir: PathBuf },
+    #[error("the volume {volume} has no prefetch list yet")]
+    NoList { volume: String },
+    #[error("can't start: {0}")]
+    Runtime(std::io::Error),
+    #[error("can't print: {0}")]
+    Print(#[from] std::io::Error),
+}
+
+impl Error {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Error::NoVolume { .. } => {
+                Some("'horcrux-nbd serve' makes a volume; check --state-dir".to_owned())
+            }
+            Error::NoList { volume } => {
+                Some(format!("serve {volume} and use it: the server lists what its first five minutes read"))
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Prefetch {
+    /// Runs the command.
+    pub fn run(self) -> Result<(), Error> {
+        let state_dir = self.state_dir.or_else(default_state_dir).ok_or(Error::NoStateDir)?;
+        let (Action::Record { volume } | Action::Show { volume, .. } | Action::Push { volume }) =
+            &self.action;
+        let dir = volume_dir(&state_dir, volume.as_str());
+        let record = VolumeRecord::load(&dir)?
+            .ok_or_else(|| Error::NoVolume { volume: volume.to_string(), state_dir })?;
+        let list = || load_list(&dir)?.ok_or_else(|| Error::NoList { volume: volume.to_string() });
+        match &self.action {
+            Action::Record { .. } => {
+                ask_for_list(&dir)?;
+                println!("the next start of {volume} is listed");
+            }
+            Action::Show { json, .. } => show(volume, &list()?, *json)?,
+            Action::Push { .. } => push(&record, &list()?)?,
+        }
+        Ok(())
+    }
+}
+
+/// The list, as `--json` prints it.
+#[derive(Serialize)]
+struct Shown<'l> {
+    volume: &'l str,
+    image: &'l str,
+    commit: String,
+    chunk_bytes: usize,
+    chunks: u64,
+    bytes: u64,
+    /// First chunk, and how many.
+    runs: Vec<(u64, u64)>,
+}
+
+fn show(volume: &ImageName, list: &PrefetchList, json: bool) -> Result<(), Error> {
+    if json {
+        let shown = Shown {
+            volume: volume.as_str(),
+            image: &list.image,
+            commit: list.commit.to_string(),
+            chunk_bytes: list.chunk_size.len(),
+            chunks: list.len(),
+            bytes: list.bytes().0,
+            runs: list.runs().to_vec(),
+        };
+        serde_json::to_writer_pretty(std::io::stdout(), &shown).map_err(std::io::Error::from)?;
+        println!();
+        return Ok(());
+    }
+    let commit = list.commit.to_string();
+    println!(
+        "{volume}: a start reads {} chunks ({}) in {} runs, seen at commit {}",
+        list.len(),
+        list.bytes().human(),
+        list.runs().len(),
+        &commit[..12]
+    );
+    Ok(())
+}
+
+fn push(record: &VolumeRecord, list: &PrefetchList) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
+    let store = store::url::open(&record.access)?;
+    runtime.block_on(async {
+        let repository = Repository::open(store).await?;
+        repository.put_prefetch_list(list).await
+    })?;
+    let commit = list.commit.to_string();
+    println!("kept with commit {} of {} in {}", &commit[..12], list.image, record.access);
+    Ok(())
+}
