@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use harness::weed::{ACCESS_KEY, BUCKET, SECRET_KEY, Weed, weed, with_credentials, without_credentials};
@@ -27,10 +27,14 @@ fn a_store_in_a_bucket_keeps_the_contract() {
     }
     let server = Weed::start();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
+    // Each with a client of its own, as another process would have; each probes the server before it writes.
+    let stores: Vec<Arc<dyn Store>> = (0..4)
+        .map(|_| S3Store::with_client(place(server.endpoint(), "a/b/"), server.client()))
+        .map(|store| Arc::new(store) as Arc<dyn Store>)
+        .collect();
+    let turn = AtomicUsize::new(0);
     runtime.block_on(contract::run(|| async {
-        // Each with a client of its own, as another process would have.
-        let store = S3Store::with_client(place(server.endpoint(), "a/b/"), server.client());
-        Arc::new(store) as Arc<dyn Store>
+        stores[turn.fetch_add(1, Ordering::Relaxed) % stores.len()].clone()
     }));
     // And objects of many parts.
     runtime.block_on(async {

@@ -65,39 +65,58 @@ impl Probe<'_> {
     }
 
     async fn run(&self) -> Result<TagForm, StoreError> {
-        let raced = join_all((0..RACERS).map(|racer| self.put(None, format!("racer {racer}")))).await;
-        let mut tags = Vec::new();
-        let mut unanswered = None;
+        // A connection for each racer, so that they start together.
+        let _ = join_all((0..RACERS).map(|_| self.tag())).await;
+        self.race(None, "If-None-Match").await?;
+        if self.put(None, "again".into()).await?.is_some() {
+            return Err(self.ignored("If-None-Match"));
+        }
+        // As a reader is told it: that is what swaps will expect.
+        let tag = self.tag().await?;
+        let wrong = "\"00000000000000000000000000000000\"";
+        for form in [TagForm::Quoted, TagForm::Bare] {
+            if self.put(Some(form.of(wrong)), "wrong".into()).await?.is_some() {
+                return Err(self.ignored("If-Match"));
+            }
+            if self.put(Some(form.of(&tag)), "right".into()).await?.is_none() {
+                continue;
+            }
+            let new = self.tag().await?;
+            if self.put(Some(form.of(&tag)), "stale".into()).await?.is_some() || new == tag {
+                return Err(self.ignored("If-Match"));
+            }
+            self.race(Some(form.of(&new)), "If-Match").await?;
+            return Ok(form);
+        }
+        Err(self.ignored("If-Match"))
+    }
+
+    /// Several writers with one condition: exactly one may win.
+    async fn race(&self, expected: Option<&str>, condition: &'static str) -> Result<(), StoreError> {
+        let raced = join_all((0..RACERS).map(|racer| self.put(expected, format!("racer {racer}")))).await;
+        let (mut winners, mut unanswered) = (0, None);
         for tried in raced {
             match tried {
-                Ok(Some(tag)) => tags.push(tag),
+                Ok(Some(_)) => winners += 1,
                 Ok(None) => {}
                 // Told to come again later while another one was at it: it did not win.
                 Err(error) if error.is_transient() => unanswered = Some(error),
                 Err(error) => return Err(error),
             }
         }
-        let tag = match (tags.as_slice(), unanswered) {
-            ([tag], _) => tag,
+        match (winners, unanswered) {
+            (1, _) => Ok(()),
             // One of those may have won and not heard of it.
-            ([], Some(error)) => return Err(error),
-            _ => return Err(self.ignored("If-None-Match")),
-        };
-        if self.put(None, "again".into()).await?.is_some() {
-            return Err(self.ignored("If-None-Match"));
+            (0, Some(error)) => Err(error),
+            _ => Err(self.ignored(condition)),
         }
-        let wrong = "\"00000000000000000000000000000000\"";
-        for form in [TagForm::Quoted, TagForm::Bare] {
-            if self.put(Some(form.of(wrong)), "wrong".into()).await?.is_some() {
-                return Err(self.ignored("If-Match"));
-            }
-            let Some(new) = self.put(Some(form.of(tag)), "right".into()).await? else { continue };
-            if self.put(Some(form.of(tag)), "stale".into()).await?.is_some() || new == *tag {
-                return Err(self.ignored("If-Match"));
-            }
-            return Ok(form);
-        }
-        Err(self.ignored("If-Match"))
+    }
+
+    /// The object's tag, as a reader is told it.
+    async fn tag(&self) -> Result<String, StoreError> {
+        let got = self.client.get_object().bucket(&self.place.bucket).key(self.name()).send().await;
+        let got = got.map_err(|error| store_error(self.store, "read", &self.key, &error))?;
+        Ok(got.e_tag().unwrap_or_default().to_owned())
     }
 
     async fn put(&self, expected: Option<&str>, body: String) -> Tried {
