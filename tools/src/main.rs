@@ -41,6 +41,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    start_logging();
     match Args::parse().command {
         Command::ImageFromDir(command) => end(command.run(), image::Error::hint),
         Command::ImageFromFile(command) => end(command.run(), image::Error::hint),
@@ -50,6 +51,13 @@ fn main() -> ExitCode {
         Command::Cache(command) => end(command.run(), cache::Error::hint),
         Command::Sync(command) => end(command.run(), sync::Error::hint),
     }
+}
+
+/// Warnings for people, on standard error: a repository that does not answer, something damaged that is read again.
+fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    logs.without_time().with_target(false).with_ansi(false).init();
 }
 
 /// Says what went wrong and what to do about it.

@@ -53,6 +53,9 @@ pub struct Args {
     /// Bytes a second that '--prefetch all' may fetch of what nobody asked for
     #[arg(long, value_name = "SIZE")]
     prefetch_rate: Option<ByteLen>,
+    /// Seconds a read waits for a repository that does not answer, before it is an I/O error
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = clap::value_parser!(u64).range(1..=86400))]
+    remote_timeout: u64,
     /// Seconds a client has to choose an export, after which its connection is closed
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=3600))]
     handshake_limit: u64,
@@ -146,7 +149,8 @@ async fn serve(args: Args) -> Result<(), Error> {
     }
     let listeners = endpoints.iter().map(Listener::bind).collect::<Result<Vec<_>, _>>()?;
 
-    let repository = open_repository(&args.access, &state, &args.names).await?;
+    let repository =
+        open_repository(&args.access, Duration::from_secs(args.remote_timeout), &state, &args.names).await?;
     let (cache_dir, options) = (state.cache_dir(), CacheOptions::new(args.cache_size));
     let opening = move || Cache::open(&cache_dir, options);
     let cache = tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
@@ -181,8 +185,14 @@ async fn serve(args: Args) -> Result<(), Error> {
 }
 
 /// Opens the repository; where it is out of reach, goes on with what is known of it, if all the volumes are here.
-async fn open_repository(access: &[String], state: &StateDir, names: &[Name]) -> Result<Repository, Error> {
-    let error = match Repository::open(open_store(access, RetryOptions::default())?).await {
+async fn open_repository(
+    access: &[String],
+    deadline: Duration,
+    state: &StateDir,
+    names: &[Name],
+) -> Result<Repository, Error> {
+    let options = RetryOptions { deadline, ..RetryOptions::default() };
+    let error = match Repository::open(open_store(access, options)?).await {
         Ok(repository) => return Ok(repository),
         Err(error) => error,
     };
@@ -190,8 +200,7 @@ async fn open_repository(access: &[String], state: &StateDir, names: &[Name]) ->
     let Some(id) = known else { return Err(error.into()) };
     tracing::warn!(%error, "the repository is out of reach: serving what is here");
     // It has answered on another day.
-    let defaults = RetryOptions::default();
-    let store = open_store(access, RetryOptions { first_contact: defaults.deadline, ..defaults })?;
+    let store = open_store(access, RetryOptions { first_contact: deadline, ..options })?;
     Ok(Repository::opened_before(store, id))
 }
 

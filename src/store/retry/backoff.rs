@@ -20,13 +20,14 @@ impl Backoff {
         Backoff { ends: Instant::now() + deadline, longest: FIRST }
     }
 
-    /// How long to wait before the next attempt; `None` where it would begin after the deadline.
+    /// How long to wait before the next attempt, the last of which begins at the deadline; `None` after that.
     ///
     /// "Full jitter": anything up to a bound that doubles, so that many who failed together do not come back together.
     pub(super) fn next(&mut self) -> Option<Duration> {
         let wait = rand::rng().random_range(self.longest / 4..=self.longest);
         self.longest = (self.longest * 2).min(LONGEST);
-        (Instant::now() + wait < self.ends).then_some(wait)
+        let left = self.ends.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(wait.min(left))
     }
 }
 
@@ -42,6 +43,9 @@ mod tests {
             let longest = (FIRST * 2u32.pow(n as u32)).min(LONGEST);
             assert!(*wait <= longest && *wait >= longest / 4, "wait {n}: {wait:?}");
         }
-        assert!(Backoff::new(Duration::from_millis(5)).next().is_none());
+        let mut short = Backoff::new(Duration::from_millis(5));
+        assert!(short.next().unwrap() <= Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(6));
+        assert!(short.next().is_none());
     }
 }

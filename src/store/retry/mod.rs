@@ -27,6 +27,9 @@ use super::{Etag, Key, KeyPrefix, Listed, Page, Store, StoreError, Upload};
 /// A store that is out of reach is told of once it has been so for this long: most hiccups are over by then.
 const QUIET: Duration = Duration::from_secs(2);
 
+/// How often a range that comes back too short is asked for again.
+const SHORT_AGAIN: u32 = 2;
+
 /// How long and how hard to try.
 #[derive(Clone, Copy, Debug)]
 pub struct RetryOptions {
@@ -45,7 +48,7 @@ impl Default for RetryOptions {
         RetryOptions {
             deadline: Duration::from_secs(120),
             first_contact: Duration::from_secs(10),
-            attempt: Duration::from_secs(30),
+            attempt: Duration::from_secs(15),
             in_flight: 128,
         }
     }
@@ -171,11 +174,18 @@ impl Store for RetryStore {
     }
 
     async fn get_range(&self, key: &Key, range: Range<u64>) -> Result<Bytes, StoreError> {
-        self.again(self.bound(), "read", key.as_str(), || async {
-            let read = || self.inner.get_range(key, range.clone());
-            self.shared.hedge.race(&self.shared.limit, read).await
-        })
-        .await
+        let mut short = 0;
+        loop {
+            let read = self.again(self.bound(), "read", key.as_str(), || async {
+                let read = || self.inner.get_range(key, range.clone());
+                self.shared.hedge.race(&self.shared.limit, read).await
+            });
+            match read.await {
+                // The object may end there, or an answer was cut on the way and made to look whole.
+                Err(StoreError::ShortBody { .. }) if short < SHORT_AGAIN => short += 1,
+                answer => return answer,
+            }
+        }
     }
 
     async fn put_new(&self, key: &Key, body: Bytes) -> Result<(), StoreError> {
