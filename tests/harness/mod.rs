@@ -6,6 +6,7 @@
 mod client;
 mod guest;
 mod image;
+pub mod proxy;
 mod server;
 mod tmpfs;
 pub mod tree;

@@ -1,6 +1,6 @@
 //! A real, distributed S3 server: SeaweedFS, as a process.
 
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -102,9 +102,14 @@ impl Weed {
         format!("http://127.0.0.1:{}", self.port)
     }
 
+    /// Where it listens: for a proxy in front of it.
+    pub fn address(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.port).into()
+    }
+
     /// A repository's URL below the bucket.
     pub fn url(&self, prefix: &str) -> String {
-        format!("minio://127.0.0.1:{}/{BUCKET}/{prefix}", self.port)
+        url_at(self.address(), prefix)
     }
 
     fn log(&self) -> String {
@@ -122,6 +127,11 @@ impl Drop for Weed {
             eprintln!("weed's log ends:\n{}", &log[log.len().saturating_sub(2000)..]);
         }
     }
+}
+
+/// A repository's URL below the bucket, for who comes by `address`: the server's own or a proxy's.
+pub fn url_at(address: SocketAddr, prefix: &str) -> String {
+    format!("minio://{address}/{BUCKET}/{prefix}")
 }
 
 /// Gives a command this server's credentials and nothing else of the AWS tools.
