@@ -34,11 +34,10 @@ def prefetch_known():
 
 
 def prefetch_learn(rig):
-    """One start is recorded, and what was learned from it goes to the repository, for hosts that have seen nothing."""
+    """One start is listed, and what was learned from it goes to the repository, for hosts that have seen nothing."""
     state = harness.fresh(os.path.join(rig.work, "state.learn"))
-    with rig.serve(REPO, NAME, state, "--prefetch", "learned") as server:
+    with rig.serve(REPO, NAME, state, "--prefetch", "none") as server:
         rig.first_answer({"uri": rig.uri(NAME, server.sock)})
-        harness.run(harness.CLI, "prefetch", "record", "--state-dir", state, NAME, timeout=LIMIT_S)
     harness.run(harness.CLI, "prefetch", "push", "--state-dir", state, NAME, timeout=LIMIT_S)
 
 
