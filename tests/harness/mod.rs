@@ -7,6 +7,7 @@ mod client;
 mod guest;
 mod image;
 mod server;
+pub mod sshd;
 mod tmpfs;
 pub mod tree;
 pub mod weed;
