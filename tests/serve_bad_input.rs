@@ -176,7 +176,7 @@ fn a_place_that_is_no_repository_is_told_apart_from_one_of_another_version() {
     };
     assert_eq!(
         url("http://host/x"),
-        "error: unknown scheme 'http'; known forms: /dir, file:///dir, cp:///dir, s3://bucket[/prefix][?region=R&endpoint=URL], minio://host:port/bucket[/prefix]\n"
+        "error: unknown scheme 'http'; known forms: /dir, file:///dir, cp:///dir, scp://[user@]host[:port]/dir, s3://bucket[/prefix][?region=R&endpoint=URL], minio://host:port/bucket[/prefix]\n"
     );
 }
 

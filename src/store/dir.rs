@@ -3,7 +3,8 @@
 //! Invariants. Objects get their name by a rename after an fsync, so a name never shows half a file. The directories above are fsynced
 //! before a write is answered. A compare-and-swap holds an flock on `.lock` beside the object while it reads, compares and renames;
 //! the lock belongs to the process, so a dead client can't keep it, and dying between any two steps leaves old or new, since the
-//! rename alone is what changes anything. All file I/O runs on blocking threads, at most [`MAX_BLOCKING`] at a time.
+//! rename alone is what changes anything. Clients of SFTP can't take an flock: what keeps them and us apart is the `claim` that the rename is a part of.
+//! All file I/O runs on blocking threads, at most [`MAX_BLOCKING`] at a time.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -19,6 +20,7 @@ use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 use tokio::sync::Semaphore;
 
+use super::claim::{CLAIM_EXPIRY, Claim};
 use super::{Etag, Key, KeyPrefix, Listed, MAX_WHOLE_OBJECT, Page, Store, StoreError, Upload};
 use crate::durable::{self, TempFile};
 
@@ -35,7 +37,7 @@ const MAX_KNOWN_DIRS: usize = 4096;
 /// Bytes compared at a time where an upload meets an object of its name.
 const COMPARE_BYTES: usize = 1 << 20;
 /// What a filesystem puts into its own root, and no one's data.
-const LOST_FOUND: &str = "lost+found";
+pub(super) const LOST_FOUND: &str = "lost+found";
 
 /// A store in a directory. Clones are the same store.
 #[derive(Clone, Debug)]
@@ -283,10 +285,15 @@ impl Inner {
             return Err(StoreError::Conflict { store: self.describe(), key: key.clone() });
         }
         self.make_dir_of(&path)?;
+        let dir = durable::parent_of(&path);
+        let fail = |error| self.error("write", &path, error);
         // Written before the lock is taken: a full disk or a slow one must not hold up others.
-        let temp = self.write_temp(&path, new)?;
-        temp.file().sync_all().map_err(|error| self.error("sync", &path, error))?;
-        let _lock = self.lock(key, durable::parent_of(&path))?;
+        let mut claim = Claim::prepare(dir, new).map_err(fail)?;
+        let _lock = self.lock(key, dir)?;
+        let locked = || StoreError::Locked { store: self.describe(), key: key.clone() };
+        if !claim.take(CLAIM_EXPIRY).map_err(fail)? {
+            return Err(locked());
+        }
         let current = match self.read_whole(key) {
             Ok(body) => Some(etag_of(&body)),
             Err(StoreError::NotFound { .. }) => None,
@@ -295,8 +302,10 @@ impl Inner {
         if current.as_ref() != expected {
             return Err(StoreError::Conflict { store: self.describe(), key: key.clone() });
         }
-        temp.publish_over(&path).map_err(|error| self.error("write", &path, error))?;
-        Ok(etag_of(new))
+        match claim.publish(&path).map_err(fail)? {
+            true => Ok(etag_of(new)),
+            false => Err(locked()),
+        }
     }
 
     /// The entries of a directory that can be parts of keys: (segment, whether it is a directory, length), unordered.
@@ -385,7 +394,8 @@ impl Inner {
     }
 }
 
-fn etag_of(body: &[u8]) -> Etag {
+/// The tag of a content.
+pub(super) fn etag_of(body: &[u8]) -> Etag {
     Etag::new(blake3::hash(body).to_hex().as_str())
 }
 

@@ -165,6 +165,50 @@ pub enum StoreError {
         /// The condition.
         condition: &'static str,
     },
+    /// What ~/.ssh/config says can't be followed.
+    #[error("{store}: {why}")]
+    SshConfig {
+        /// The store.
+        store: String,
+        /// What, and where it is said.
+        why: String,
+    },
+    /// Nothing is known of a host, so it may be anyone.
+    #[error(
+        "{store}: the host key of {host} is not known: it shows {key}; hint: run '{command}' once and compare it, or add it to ~/.ssh/known_hosts with ssh-keyscan"
+    )]
+    UnknownHost {
+        /// The store.
+        store: String,
+        /// The host.
+        host: String,
+        /// Type and fingerprint of the key it shows.
+        key: String,
+        /// What asks the user about it.
+        command: String,
+    },
+    /// A host is not the one that is known.
+    #[error(
+        "{store}: REMOTE HOST IDENTIFICATION HAS CHANGED! Someone could be listening in, or the host has a new key: {host} shows {key}, and {place}; nothing was sent to it"
+    )]
+    HostKeyChanged {
+        /// The store.
+        store: String,
+        /// The host.
+        host: String,
+        /// Type and fingerprint of the key it shows.
+        key: String,
+        /// What is known instead, with its file and line.
+        place: String,
+    },
+    /// An SSH server takes none of the keys there are.
+    #[error("{store}: can't log in: {why}")]
+    NotLoggedIn {
+        /// The store.
+        store: String,
+        /// What was tried; names and public fingerprints of keys at most.
+        why: String,
+    },
     /// A server's refusal, or an answer that makes no sense.
     #[error("{store}: can't {operation} {key}: {why}")]
     Remote {

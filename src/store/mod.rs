@@ -1,10 +1,11 @@
-//! Stores: flat spaces of objects under keys, in a directory, in memory, in S3 buckets.
+//! Stores: flat spaces of objects under keys, in a directory, in memory, in S3 buckets, on SSH hosts.
 //!
 //! Enters: keys, ranges and bodies. Leaves: bytes as the store gave them, *not verified*: whoever reads checks them against a hash.
 //! Invariant: an object is visible whole or not at all, and what a method answered `Ok` for survives a power cut at the store.
 //!
 //! The promises are on the methods of [`Store`]; the suite in `tests/common/store_contract.rs` holds every store to them.
 
+mod claim;
 pub mod counting;
 pub mod dir;
 pub mod error;
@@ -14,6 +15,7 @@ pub mod mem;
 pub mod mirror;
 pub mod retry;
 pub mod s3;
+pub mod ssh;
 pub mod url;
 
 use std::fmt;
@@ -31,6 +33,7 @@ pub use mem::MemStore;
 pub use mirror::MirrorStore;
 pub use retry::{RetryOptions, RetryStore};
 pub use s3::{S3Place, S3Store};
+pub use ssh::{SshPlace, SshStore};
 pub use url::{RepositoryUrl, UrlError};
 
 /// The longest object that [`Store::get`] reads whole. Base objects are longer; they are read by ranges.

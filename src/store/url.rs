@@ -9,12 +9,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::{DirStore, RetryOptions, RetryStore, S3Place, S3Store, Store};
+use super::ssh::Local;
+use super::{DirStore, RetryOptions, RetryStore, S3Place, S3Store, SshPlace, SshStore, Store};
 
 /// The forms this build opens, for messages.
-const KNOWN_FORMS: &str = "/dir, file:///dir, cp:///dir, s3://bucket[/prefix][?region=R&endpoint=URL], minio://host:port/bucket[/prefix]";
-/// Schemes that are part of the language but have no store in this build.
-const UNBUILT_SCHEMES: [&str; 3] = ["scp", "ssh", "sftp"];
+const KNOWN_FORMS: &str = "/dir, file:///dir, cp:///dir, scp://[user@]host[:port]/dir, s3://bucket[/prefix][?region=R&endpoint=URL], minio://host:port/bucket[/prefix]";
 
 /// Why a string is not a repository's URL.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,12 +27,6 @@ pub enum UrlError {
     UnknownScheme {
         /// The scheme.
         scheme: String,
-    },
-    /// A scheme that has no store in this build.
-    #[error("this build has no {scheme} store; it opens {KNOWN_FORMS}")]
-    NotInThisBuild {
-        /// The scheme.
-        scheme: &'static str,
     },
     /// A directory's URL that names a host.
     #[error("'{scheme}://{rest}' names a host; a directory is written {scheme}:///dir")]
@@ -51,7 +44,7 @@ pub enum UrlError {
         /// The mark found.
         mark: char,
     },
-    /// A part of an object store's URL that is not as it should be. Does not say the URL: what is wrong in it may be a secret.
+    /// A part of a remote store's URL that is not as it should be. Does not say the URL: what is wrong in it may be a secret.
     #[error("in a URL {scheme}://...: {problem}")]
     Part {
         /// The scheme.
@@ -75,6 +68,8 @@ pub enum RepositoryUrl {
     Dir(PathBuf),
     /// A bucket of an object store.
     S3(S3Place),
+    /// A directory on an SSH host.
+    Ssh(SshPlace),
 }
 
 impl RepositoryUrl {
@@ -96,6 +91,7 @@ impl RepositoryUrl {
         match self {
             RepositoryUrl::Dir(path) => Arc::new(DirStore::new(path)),
             RepositoryUrl::S3(place) => Arc::new(S3Store::new(place.clone())),
+            RepositoryUrl::Ssh(place) => Arc::new(SshStore::new(place.clone(), Local::of_this_process())),
         }
     }
 }
@@ -119,14 +115,14 @@ impl FromStr for RepositoryUrl {
             return Ok(RepositoryUrl::Dir(url.into()));
         };
         let lower = scheme.to_ascii_lowercase();
-        if let Some(scheme) = UNBUILT_SCHEMES.into_iter().find(|&unbuilt| unbuilt == lower) {
-            return Err(UrlError::NotInThisBuild { scheme });
-        }
         let scheme = match lower.as_str() {
             "file" => "file",
             "cp" => "cp",
             "s3" => return s3(rest).map(RepositoryUrl::S3),
             "minio" => return minio(rest).map(RepositoryUrl::S3),
+            "scp" => return SshPlace::parse("scp", rest).map(RepositoryUrl::Ssh),
+            "ssh" => return SshPlace::parse("ssh", rest).map(RepositoryUrl::Ssh),
+            "sftp" => return SshPlace::parse("sftp", rest).map(RepositoryUrl::Ssh),
             _ => return Err(UrlError::UnknownScheme { scheme: scheme.chars().take(40).collect() }),
         };
         if !rest.starts_with('/') {
@@ -145,6 +141,7 @@ impl fmt::Display for RepositoryUrl {
         match self {
             RepositoryUrl::Dir(path) => path.display().fmt(f),
             RepositoryUrl::S3(place) => place.fmt(f),
+            RepositoryUrl::Ssh(place) => place.fmt(f),
         }
     }
 }
@@ -229,7 +226,7 @@ fn minio(rest: &str) -> Result<S3Place, UrlError> {
     })
 }
 
-fn part(scheme: &'static str, problem: String) -> UrlError {
+pub(super) fn part(scheme: &'static str, problem: String) -> UrlError {
     UrlError::Part { scheme, problem }
 }
 
@@ -242,7 +239,7 @@ fn secret(scheme: &'static str) -> UrlError {
 }
 
 /// As much of a user's text as an error repeats.
-fn shown(text: &str) -> String {
+pub(super) fn shown(text: &str) -> String {
     text.chars().take(40).collect()
 }
 
@@ -285,7 +282,7 @@ fn key_prefix(scheme: &'static str, encoded: &str) -> Result<String, UrlError> {
     Ok(if prefix.is_empty() { prefix } else { prefix + "/" })
 }
 
-fn percent_decode(text: &str) -> Option<Vec<u8>> {
+pub(super) fn percent_decode(text: &str) -> Option<Vec<u8>> {
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();
     while let Some(byte) = bytes.next() {
@@ -354,6 +351,15 @@ mod tests {
     }
 
     #[test]
+    fn the_schemes_of_ssh_are_one() {
+        let place = SshPlace { user: Some("u".into()), host: "h".into(), port: None, path: b"/d".to_vec() };
+        for url in ["scp://u@h/d", "ssh://u@h:/d", "SFTP://u@h/d/"] {
+            assert_eq!(url.parse(), Ok(RepositoryUrl::Ssh(place.clone())), "{url}");
+        }
+        assert_eq!(RepositoryUrl::Ssh(place).to_string(), "scp://u@h/d");
+    }
+
+    #[test]
     fn a_secret_in_a_url_is_refused_and_not_repeated() {
         for url in [
             "s3://AKIAKEY:hunter2@data/x",
@@ -362,6 +368,8 @@ mod tests {
             "minio://user:hunter2/more@host:9000/data",
             "s3://data?endpoint=http://user:hunter2%40host:9000",
             "s3://data?endpoint=http://user:hunter2@host:9000",
+            "scp://user:hunter2@host/dir",
+            "sftp://user:hunter2/more@host/dir",
         ] {
             let error = url.parse::<RepositoryUrl>().unwrap_err().to_string();
             assert!(error.contains("credentials don't belong in a URL"), "{error}");
@@ -382,8 +390,9 @@ mod tests {
             ("minio://h:9000", "the bucket is missing"),
             ("minio://h:port/bucket", "'h:port' is not host:port"),
             ("minio://h:9000/bucket?tls=yes", "tls is 0 or 1"),
-            ("scp://user@host:/dir", "no scp store"),
-            ("sftp://host/dir", "no sftp store"),
+            ("scp://host", "in a URL scp://...: the directory is missing"),
+            ("ssh:///dir", "in a URL ssh://...: the host is missing"),
+            ("sftp://host:x/dir", "in a URL sftp://...: the port is not a number from 1 to 65535"),
             ("gopher://x", "unknown scheme 'gopher'; known forms: /dir, file:///dir"),
             ("file://host/dir", "names a host"),
             ("cp://dir", "names a host"),
@@ -405,6 +414,7 @@ mod tests {
             let _ = format!("file:///{tail}").parse::<RepositoryUrl>();
             let _ = format!("s3://{tail}/{tail}?endpoint={tail}&{tail}").parse::<RepositoryUrl>();
             let _ = format!("minio://{tail}/{tail}?{tail}").parse::<RepositoryUrl>();
+            let _ = format!("scp://{tail}@[{tail}]:{tail}/{tail}").parse::<RepositoryUrl>();
         }
     }
 }

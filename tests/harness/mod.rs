@@ -8,6 +8,7 @@ mod guest;
 mod image;
 pub mod proxy;
 mod server;
+pub mod sshd;
 mod tmpfs;
 pub mod tree;
 pub mod weed;

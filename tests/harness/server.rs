@@ -46,6 +46,12 @@ impl Serve {
         self
     }
 
+    /// With another home directory, and no SSH agent.
+    pub fn ssh(mut self, sshd: &super::sshd::Sshd) -> Serve {
+        sshd.with_home(&mut self.command);
+        self
+    }
+
     /// A server of a repository; what it serves is to be added.
     pub fn new(repo: &Path, state: &Path) -> Serve {
         let mut command = Command::new(env!("CARGO_BIN_EXE_horcrux-nbd"));

@@ -94,12 +94,14 @@ impl RetryStore {
         request: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
         let _permit = self.shared.limit.enter().await;
+        let began = Instant::now();
         let answer = match bound {
             None => request.await,
             Some(bound) => tokio::time::timeout(bound, request).await.unwrap_or_else(|_| {
                 Err(StoreError::Unavailable { store: self.describe(), operation, key: key.to_owned() })
             }),
         };
+        tracing::trace!(operation, key, took = ?began.elapsed(), answered = answer.is_ok(), "request");
         match &answer {
             Err(StoreError::Busy { .. } | StoreError::Unavailable { .. }) => self.shared.limit.overloaded(),
             Err(_) => {}
@@ -276,13 +278,17 @@ impl Upload for RetryUpload {
 
     async fn finish(&mut self, key: &Key) -> Result<(), StoreError> {
         let mut backoff = Backoff::new(self.store.patience());
+        let mut failed: Option<StoreError> = None;
         loop {
             match self.store.attempt(None, "write", key.as_str(), self.inner.finish(key)).await {
                 Err(error) if error.is_transient() => {
                     let Some(wait) = backoff.next() else { return Err(error) };
                     self.store.no_answer(&error);
+                    failed = Some(error);
                     tokio::time::sleep(wait).await;
                 }
+                // A store whose uploads can't be finished twice: what went wrong is the first answer.
+                Err(cancelled @ StoreError::Cancelled { .. }) => return Err(failed.unwrap_or(cancelled)),
                 answer => {
                     self.store.answered();
                     return answer;
