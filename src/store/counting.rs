@@ -187,6 +187,10 @@ impl Store for CountingStore {
     fn describe(&self) -> String {
         self.inner.describe()
     }
+
+    fn expect_reads(&self, at_once: usize) {
+        self.inner.expect_reads(at_once);
+    }
 }
 
 struct CountingUpload {

@@ -273,6 +273,10 @@ impl Store for FaultStore {
     fn describe(&self) -> String {
         self.inner.describe()
     }
+
+    fn expect_reads(&self, at_once: usize) {
+        self.inner.expect_reads(at_once);
+    }
 }
 
 struct FaultUpload {

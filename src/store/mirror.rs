@@ -272,6 +272,10 @@ impl Store for MirrorStore {
         let first = self.first().describe();
         if others == 0 { first } else { format!("{first} (and {others} more)") }
     }
+
+    fn expect_reads(&self, at_once: usize) {
+        self.inner.places.iter().for_each(|place| place.store.expect_reads(at_once));
+    }
 }
 
 #[cfg(test)]

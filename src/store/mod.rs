@@ -153,6 +153,10 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// The place, for messages: no credentials in it.
     fn describe(&self) -> String;
+
+    /// Says that many reads are to come soon: a store over a network opens so many connections in the background. Promises nothing; must be called in a
+    /// runtime.
+    fn expect_reads(&self, _at_once: usize) {}
 }
 
 /// An object being written as a stream. Dropping it leaves nothing visible; a leftover that a crash leaves is no object.

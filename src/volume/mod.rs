@@ -22,7 +22,7 @@ use crate::cache::Cache;
 use crate::delta::disk::OsDir;
 use crate::delta::{Delta, Identity, Layer, LayerId, VolumeId};
 use crate::device::{Base, Device};
-use crate::format::CommitId;
+use crate::format::{CommitId, PrefetchList};
 use crate::lock::FileLock;
 use crate::repo::{ImageName, MetaCache, Reference, Repository, Version, VersionOptions};
 use crate::units::{ByteLen, PAGE_SIZE};
@@ -48,6 +48,8 @@ pub struct Volume {
     device: Arc<Device>,
     /// The branch's tip, where the volume stands on an older commit.
     newer: Option<CommitId>,
+    /// The commit's prefetch list, where it was asked for at the start.
+    list: Option<PrefetchList>,
     /// Its directory; `None` for a view that leaves nothing behind.
     dir: Option<PathBuf>,
     _lock: Option<FileLock>,
@@ -93,14 +95,23 @@ impl Volume {
                 record.commit
             }
         };
-        let version =
-            Version::open(repository, &source.image, commit, meta.clone(), VersionOptions::default()).await?;
+        let opening =
+            Version::open(repository, &source.image, commit, meta.clone(), VersionOptions::default());
+        // Asked for at once: on a cold start every round trip counts. A volume that was here has its own.
+        let listing = async {
+            match recorded {
+                None => repository.prefetch_list(&source.image, commit).await.ok().flatten(),
+                Some(_) => None,
+            }
+        };
+        let (version, list) = tokio::join!(opening, listing);
+        let version = version?;
         let size = version.commit().size;
         let base = Base::new(version, cache.clone()).reading_ahead();
         let record = recorded.clone().unwrap_or_else(|| VolumeRecord::new(source, repository, commit, size));
         if recorded.is_none() && read_only {
             let device = Arc::new(Device::new(base, None, size));
-            return Ok(Volume { name, record, device, newer, dir: None, _lock: None });
+            return Ok(Volume { name, record, device, newer, list, dir: None, _lock: None });
         }
         let opening = {
             let (dir, name, record, is_new) = (dir.clone(), name.clone(), record.clone(), recorded.is_none());
@@ -110,7 +121,7 @@ impl Volume {
             tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
         let device = Device::new(base, Some(delta), record.size);
         let device = Arc::new(if read_only { device.into_read_only() } else { device });
-        let volume = Volume { name, record, device, newer, dir: Some(dir), _lock: Some(lock) };
+        let volume = Volume { name, record, device, newer, list, dir: Some(dir), _lock: Some(lock) };
         volume.keep_pinned(cache).await?;
         Ok(volume)
     }

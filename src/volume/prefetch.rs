@@ -58,15 +58,16 @@ impl Volume {
 
     /// The list to go by: the volume's own, else the commit's, else that of the nearest commit before it.
     async fn list(&self) -> Option<PrefetchList> {
-        if let Some(list) = self.own_list() {
+        let version = self.device().base().version();
+        let fits = |list: &PrefetchList| list.chunk_size == version.commit().chunk_size;
+        if let Some(list) = self.own_list().or_else(|| self.list.clone().filter(fits)) {
             return Some(list);
         }
-        let version = self.device().base().version();
         let (repository, image) = (version.repository(), version.image());
         let (mut id, mut commit) = (version.id(), version.commit().clone());
         for _ in 0..ANCESTORS {
             match repository.prefetch_list(image, id).await {
-                Ok(Some(list)) if list.chunk_size == version.commit().chunk_size => return Some(list),
+                Ok(Some(list)) if fits(&list) => return Some(list),
                 Ok(_) => {}
                 Err(error) => {
                     tracing::warn!(volume = self.name(), %error, "no prefetch list");

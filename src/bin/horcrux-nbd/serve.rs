@@ -20,6 +20,8 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+/// What a start reads at once as soon as it knows what to read.
+const FIRST_READS: usize = 16;
 /// How long the server's end waits for prefetch lists to be kept.
 const LAST_ACT: Duration = Duration::from_secs(5);
 
@@ -192,7 +194,9 @@ async fn open_repository(
     names: &[Name],
 ) -> Result<Repository, Error> {
     let options = RetryOptions { deadline, ..RetryOptions::default() };
-    let error = match Repository::open(open_store(access, options)?).await {
+    let store = open_store(access, options)?;
+    store.expect_reads(FIRST_READS);
+    let error = match Repository::open(store).await {
         Ok(repository) => return Ok(repository),
         Err(error) => error,
     };

@@ -139,14 +139,16 @@ impl RetryStore {
         }
     }
 
-    /// The store did not answer: said once, when it has lasted.
+    /// The store did not answer: said once, when it has lasted. Of one that never answered the error alone speaks, and soon.
     fn no_answer(&self, error: &StoreError) {
+        if self.patience() < self.options.deadline {
+            return;
+        }
         let mut away = self.shared.away.lock();
         let (since, told) = away.get_or_insert_with(|| (Instant::now(), false));
         if !*told && since.elapsed() > QUIET {
             *told = true;
-            let (store, patience) = (self.describe(), self.patience());
-            tracing::warn!(%store, %error, ?patience, "no answer: what is not here waits for it");
+            tracing::warn!(%error, patience = ?self.patience(), "no answer: what is not here waits for it");
         }
     }
 
@@ -261,6 +263,10 @@ impl Store for RetryStore {
 
     fn describe(&self) -> String {
         self.inner.describe()
+    }
+
+    fn expect_reads(&self, at_once: usize) {
+        self.inner.expect_reads(at_once);
     }
 }
 
