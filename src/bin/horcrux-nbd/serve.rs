@@ -21,7 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// What a start reads at once as soon as it knows what to read.
-const FIRST_READS: usize = 16;
+const FIRST_READS: usize = 32;
 /// How long the server's end waits for prefetch lists to be kept.
 const LAST_ACT: Duration = Duration::from_secs(5);
 

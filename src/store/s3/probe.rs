@@ -13,8 +13,8 @@ use super::place::S3Place;
 
 /// Keys below this are probes; one that a crash left is nobody's.
 pub(super) const PROBES: &str = "probe";
-/// Writers of one race.
-const RACERS: usize = 8;
+/// Writers of one race. SeaweedFS lets those who lose wait for a second or more each.
+const RACERS: usize = 4;
 
 /// How the server wants the tag in If-Match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
