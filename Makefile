@@ -53,7 +53,7 @@ packages:
 	@tests/packages.sh
 
 tools: packages
-	@tests/weed.sh
+	@tests/object_stores.sh
 	@command -v cargo-nextest >/dev/null || $(INSTALL) cargo-nextest --version $(NEXTEST_VERSION)
 	@command -v cargo-deny >/dev/null || $(INSTALL) cargo-deny --version $(DENY_VERSION)
 

@@ -91,10 +91,14 @@ fn every_fault_of_an_answer_is_got_over_and_nothing_wrong_is_served() {
     ];
     for (number, fault) in faults.into_iter().enumerate() {
         let server = far.serve("r", &format!("state{number}")).start();
-        let hits = far.proxy.rule(Rule::new(fault).method("GET").path("/blocks/").every(3));
+        // What comes spoilt and looks whole is read twice more, so it must not be met three times in a row.
+        let looks_whole = matches!(fault, Fault::LowerLength | Fault::WrongByte);
+        let rule = Rule::new(fault).method("GET").path("/blocks/");
+        let (rule, least) = if looks_whole { (rule.next(2), 2) } else { (rule.every(3), 3) };
+        let hits = far.proxy.rule(rule);
         let began = Instant::now();
         far.read_all(&server);
-        assert!(hits.count() >= 3, "{fault:?} met {} requests", hits.count());
+        assert!(hits.count() >= least, "{fault:?} met {} requests", hits.count());
         assert!(began.elapsed() < Duration::from_secs(60), "{fault:?} cost {:?}", began.elapsed());
         far.proxy.clear_rules();
         server.stop();

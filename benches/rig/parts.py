@@ -57,7 +57,7 @@ def missing():
     if not postgres_dir():
         yield "no PostgreSQL server is installed: apt-get install postgresql"
     if not os.path.exists(WEED):
-        yield "SeaweedFS is not here: tests/weed.sh fetches it"
+        yield "SeaweedFS is not here: tests/object_stores.sh fetches it"
     for name in (harness.NBD, harness.CLI, PROXY):
         if not os.path.exists(name):
             yield f"{name} is not built: benches/cold.sh builds it"

@@ -7,11 +7,13 @@ mod client;
 mod guest;
 mod image;
 pub mod proxy;
+pub mod rclone;
 mod server;
 pub mod sshd;
 mod tmpfs;
 pub mod tree;
 pub mod weed;
+pub mod weed_cluster;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};

@@ -14,13 +14,16 @@ use super::{can, until};
 /// What the one identity of the server is called, and its secret: what must never be seen anywhere.
 pub const ACCESS_KEY: &str = "AKIDHORCRUXTEST";
 pub const SECRET_KEY: &str = "5ecre7-n0b0dy-may-5ee";
+/// One who may read and nothing else.
+pub const READER_KEY: &str = "AKIDREADER";
+pub const READER_SECRET: &str = "re4d-0nly-5ecret";
 /// The bucket that is there.
 pub const BUCKET: &str = "volumes";
 /// From start to the first answer it takes some 5 s.
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Where `make tools` puts the server.
-fn program() -> PathBuf {
+pub(super) fn program() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin/weed")
 }
 
@@ -41,7 +44,9 @@ impl Weed {
         let dir = tempfile::tempdir().unwrap();
         let config = format!(
             r#"{{"identities":[{{"name":"h","credentials":[{{"accessKey":"{ACCESS_KEY}","secretKey":"{SECRET_KEY}"}}],
-                "actions":["Admin","Read","Write","List","Tagging"]}}]}}"#
+                "actions":["Admin","Read","Write","List","Tagging"]}},
+                {{"name":"r","credentials":[{{"accessKey":"{READER_KEY}","secretKey":"{READER_SECRET}"}}],
+                "actions":["Read","List"]}}]}}"#
         );
         std::fs::write(dir.path().join("s3.json"), config).unwrap();
         std::fs::create_dir(dir.path().join("data")).unwrap();
@@ -149,7 +154,7 @@ pub fn without_credentials(command: &mut Command) {
 }
 
 /// Ports nobody has, nor the ones 10,000 above them, where it speaks gRPC.
-fn free_ports<const N: usize>() -> [u16; N] {
+pub(super) fn free_ports<const N: usize>() -> [u16; N] {
     let is_free = |port: u16| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
     let mut taken: Vec<u16> = Vec::new();
     std::array::from_fn(|_| {
