@@ -23,7 +23,7 @@ const PREFETCH_CHUNKS: usize = 64;
 /// The most that is read ahead of one reader: half a second of a line of 50 MB/s.
 const AHEAD: ByteLen = ByteLen(32 << 20);
 /// What is under way ahead of its use, of all readers of a device. Those who wait have the rest of the cache's write queue.
-const EARLY: ByteLen = ByteLen(24 << 20);
+const EARLY: ByteLen = ByteLen(16 << 20);
 /// Bytes fetched together ahead of their use: few enough that who comes to want one of them does not wait long for the others.
 const EARLY_SHARE: ByteLen = ByteLen(2 << 20);
 /// Tables loaded at once.
@@ -76,6 +76,15 @@ pub struct Base {
     waiting: AtomicUsize,
     /// Rung when nobody waits any more.
     nobody_waits: Notify,
+}
+
+/// Why chunks are fetched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// A read waits for them.
+    Read,
+    /// Nobody does yet.
+    Early,
 }
 
 /// Someone waits for the repository, as long as this lives.
@@ -149,7 +158,7 @@ impl Base {
     /// Whether a chunk lies past the commit's end.
     #[inline]
     fn is_past_the_end(&self, chunk: ChunkIndex) -> bool {
-        chunk.0 * self.chunk_len >= self.len
+        chunk.0 >= self.len.div_ceil(self.chunk_len)
     }
 
     /// Where the block of a byte ends.
@@ -187,7 +196,7 @@ impl Base {
 
     /// Begins a list of the chunks that reads use, in order; one that was begun before is dropped.
     pub fn start_list(&self) {
-        self.touched.start(self.len.div_ceil(self.chunk_len));
+        self.touched.start();
     }
 
     /// How long the list is.
@@ -257,7 +266,7 @@ impl Base {
         }
         self.waiting.fetch_add(1, Ordering::AcqRel);
         let _waiting = Waiting(self);
-        self.bring(chunks, fetched).await
+        self.bring(chunks, fetched, Purpose::Read).await
     }
 
     /// Waits until no read waits for the repository.
@@ -290,7 +299,12 @@ impl Base {
         Ok(())
     }
 
-    async fn bring(&self, chunks: &[ChunkIndex], fetched: &mut Fetched) -> Result<(), BaseError> {
+    async fn bring(
+        &self,
+        chunks: &[ChunkIndex],
+        fetched: &mut Fetched,
+        purpose: Purpose,
+    ) -> Result<(), BaseError> {
         self.load_tables(chunks).await?;
         let mut wanted = Vec::with_capacity(chunks.len());
         for &chunk in chunks {
@@ -310,11 +324,13 @@ impl Base {
             }
         }
         // Our own first: someone whose flight we wait for may be waiting for one of ours.
-        self.fly(flights, fetched).await?;
+        self.fly(flights, fetched, purpose).await?;
         for (chunk, location, others) in pending {
             match others.settle().await? {
                 Settled::Ready(here) => fetched.push((chunk, Some(here))),
-                Settled::Missing(flight) => self.fly(vec![(chunk, location, flight)], fetched).await?,
+                Settled::Missing(flight) => {
+                    self.fly(vec![(chunk, location, flight)], fetched, purpose).await?;
+                }
             }
         }
         Ok(())
@@ -333,7 +349,9 @@ impl Base {
                     // Damaged on the disk; its id is the flight's.
                     let table = self.table(self.block_of(chunk)).await?;
                     match self.location(table.as_deref(), chunk) {
-                        Some(location) => self.fly(vec![(chunk, location, flight)], fetched).await?,
+                        Some(location) => {
+                            self.fly(vec![(chunk, location, flight)], fetched, Purpose::Read).await?;
+                        }
                         None => fetched.push((chunk, None)),
                     }
                 }
@@ -347,6 +365,7 @@ impl Base {
         &self,
         mut flights: Vec<(ChunkIndex, ChunkLocation, Flight)>,
         fetched: &mut Fetched,
+        purpose: Purpose,
     ) -> Result<(), BaseError> {
         // Each share waits for its own room in the cache; the first to get it need not wait for the last.
         let share = (ROOM_SHARE.0 / self.chunk_len).max(1) as usize;
@@ -354,7 +373,8 @@ impl Base {
         while !flights.is_empty() {
             let rest = flights.split_off(flights.len().min(share));
             let first = flights[0].1.id;
-            let fly = fly_together(self.version.clone(), self.cache.clone(), self.chunk_len, flights);
+            let fly =
+                fly_together(self.version.clone(), self.cache.clone(), self.chunk_len, flights, purpose);
             // A task of its own: if our client goes away, others still get what they wait for.
             tasks.push((first, tokio::spawn(fly)));
             flights = rest;
@@ -381,10 +401,10 @@ impl Base {
             at = ByteOffset(start.0 + self.chunk_len);
             batch.push(chunk);
             if batch.len() == PREFETCH_CHUNKS {
-                self.bring(&std::mem::take(&mut batch), &mut Vec::new()).await?;
+                self.bring(&std::mem::take(&mut batch), &mut Vec::new(), Purpose::Early).await?;
             }
         }
-        self.bring(&batch, &mut Vec::new()).await
+        self.bring(&batch, &mut Vec::new(), Purpose::Early).await
     }
 
     /// Brings chunks here before anyone asks for them, in about their order, some of them at once. How many bytes of chunks were not here before.
@@ -421,7 +441,7 @@ impl Base {
         }
         let bytes = ByteLen(away.len() as u64 * self.chunk_len);
         let mut fetched = Fetched::new();
-        self.bring(&away, &mut fetched).await?;
+        self.bring(&away, &mut fetched, Purpose::Early).await?;
         Ok(bytes)
     }
 }
@@ -432,13 +452,16 @@ async fn fly_together(
     cache: Arc<Cache>,
     chunk_len: u64,
     flights: Vec<(ChunkIndex, ChunkLocation, Flight)>,
+    purpose: Purpose,
 ) -> Vec<Result<(ChunkIndex, Option<ChunkRef>), FetchError>> {
     // Held until they have landed: chunks under way count like chunks that wait for the disk.
     let mut room = cache.room(ByteLen(flights.len() as u64 * chunk_len)).await;
     let locations: Vec<ChunkLocation> = flights.iter().map(|(_, location, _)| *location).collect();
     let answers = version.fetch(&locations).await;
-    let landed = flights.into_iter().zip(answers).map(|((chunk, _, flight), answer)| match answer {
+    let landed = flights.into_iter().zip(answers).map(|((chunk, location, flight), answer)| match answer {
         Ok(content) => flight.fulfil_in(&mut room, content).map(|here| (chunk, Some(here))),
+        // Whoever waits for it fetches it again, with all the time a read has.
+        Err(_) if purpose == Purpose::Early => Err(FetchError::BrokenOff { id: location.id }),
         Err(error) => Err(flight.fail(error)),
     });
     // All of them, before the first error is told: the others' waiters must not wait for ours.

@@ -3,6 +3,7 @@
 //! Enters: each chunk that is read. Leaves: the list, once. Invariant: when it is off, a read costs one load; a chunk is in the list once; the list has at most
 //! [`MOST`] chunks.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
@@ -19,18 +20,16 @@ pub(super) struct Touched {
     inner: Mutex<Option<Inner>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Inner {
-    /// A bit a chunk.
-    seen: Vec<u64>,
+    seen: HashSet<u64>,
     order: Vec<ChunkIndex>,
 }
 
 impl Touched {
-    /// Begins a list for a device of so many chunks.
-    pub(super) fn start(&self, chunks: u64) {
-        let words = usize::try_from(chunks.div_ceil(64)).unwrap_or(0);
-        *self.inner.lock() = Some(Inner { seen: vec![0; words], order: Vec::new() });
+    /// Begins a list.
+    pub(super) fn start(&self) {
+        *self.inner.lock() = Some(Inner::default());
         self.is_on.store(true, Ordering::Release);
     }
 
@@ -61,10 +60,7 @@ impl Touched {
     fn note_slowly(&self, chunk: ChunkIndex) {
         let mut inner = self.inner.lock();
         let Some(inner) = inner.as_mut() else { return };
-        let Some(word) = inner.seen.get_mut((chunk.0 / 64) as usize) else { return };
-        let bit = 1 << (chunk.0 % 64);
-        if *word & bit == 0 && inner.order.len() < MOST {
-            *word |= bit;
+        if inner.order.len() < MOST && inner.seen.insert(chunk.0) {
             inner.order.push(chunk);
         }
     }
@@ -79,8 +75,8 @@ mod tests {
         let touched = Touched::default();
         touched.note(ChunkIndex(1));
         assert_eq!(touched.stop(), None, "off until it is started");
-        touched.start(1000);
-        for chunk in [7, 3, 7, 999, 3, 0, 1024, u64::MAX] {
+        touched.start();
+        for chunk in [7, 3, 7, 999, 3, 0] {
             touched.note(ChunkIndex(chunk));
         }
         assert_eq!(touched.stop(), Some([7, 3, 999, 0].map(ChunkIndex).to_vec()));

@@ -3,16 +3,16 @@
 //! Enters: two stores. Leaves: in the second all images (or one) of the first. Invariants: refs are read first and written last, so a copy that is cut short names
 //! nothing it has not got, and is carried on by doing it again; an object is published only if its bytes hash to its name; a branch only moves forward.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::meta::{MetaCache, NoMetaCache, named_object_error};
-use super::{BranchName, ImageName, RepoError, Repository, TagName, keys};
+use super::{BranchName, ImageName, RepoError, Repository, TagName, Version, VersionOptions, keys};
 use crate::format::{CommitId, FormatError};
 use crate::store::{Key, KeyPrefix, StoreError};
-use crate::units::ByteLen;
+use crate::units::{BlockIndex, ByteLen};
 
 /// Objects on their way at once.
 const AT_ONCE: usize = 4;
@@ -36,7 +36,7 @@ pub struct SyncReport {
     pub present: u64,
     /// Branches and tags made or moved.
     pub refs: u64,
-    /// Branches that were left alone, because the other place has moved on by itself.
+    /// Branches and tags that were left alone, because the other place has moved on by itself.
     pub diverged: Vec<String>,
 }
 
@@ -85,15 +85,23 @@ impl Copying<'_> {
                 has,
             });
         }
-        // What is named first: a commit that is there has all it names.
-        for kind in [keys::blocks(&self.image), keys::nodes(&self.image), keys::commits(&self.image, "")] {
-            self.copy_kind(&kind, report).await?;
+        // Listed from the top down and copied from the bottom up: whatever is written there meanwhile, all that a copied commit names was listed after it.
+        let mut kinds = Vec::new();
+        for kind in [keys::commits(&self.image, ""), keys::nodes(&self.image), keys::blocks(&self.image)] {
+            let listed = self.listed(self.from, &kind).await?;
+            kinds.push((kind, listed));
+        }
+        let mut have = HashSet::new();
+        for (kind, listed) in kinds.into_iter().rev() {
+            self.copy_kind(&kind, listed, &mut have, report).await?;
         }
         self.copy_lists(&branches, report).await?;
         for (branch, commit) in branches {
+            self.check_whole(commit, &have).await?;
             self.move_branch(&branch, commit, report).await?;
         }
         for (tag, commit) in tags {
+            self.check_whole(commit, &have).await?;
             self.make_tag(&tag, commit, report).await?;
         }
         Ok(())
@@ -117,10 +125,33 @@ impl Copying<'_> {
         }
     }
 
-    async fn copy_kind(&self, prefix: &KeyPrefix, report: &mut SyncReport) -> Result<(), RepoError> {
+    /// Before a name is given to a commit there: that the commit, its map and every block's object are there too. A listing that lagged, or an object that is missing
+    /// here as well, is found out now and not by a reader.
+    async fn check_whole(&self, commit: CommitId, have: &HashSet<Key>) -> Result<(), RepoError> {
+        let meta: Arc<dyn MetaCache> = Arc::new(NoMetaCache);
+        let version = Version::open(self.to, &self.image, commit, meta, VersionOptions::default()).await?;
+        let (mut at, end) = (BlockIndex(0), BlockIndex(version.commit().blocks()));
+        while let Some((block, table)) = version.next_block(at, end).await? {
+            let key = keys::object(&self.image, &table.object);
+            if !have.contains(&key) {
+                return Err(RepoError::Missing { place: self.to.describe(), key });
+            }
+            at = BlockIndex(block.0 + 1);
+        }
+        Ok(())
+    }
+
+    async fn copy_kind(
+        &self,
+        prefix: &KeyPrefix,
+        listed: HashMap<Key, u64>,
+        have: &mut HashSet<Key>,
+        report: &mut SyncReport,
+    ) -> Result<(), RepoError> {
         let there = self.listed(self.to, prefix).await?;
+        have.extend(there.keys().chain(listed.keys()).cloned());
         let mut missing = Vec::new();
-        for (key, len) in self.listed(self.from, prefix).await? {
+        for (key, len) in listed {
             match there.get(&key) {
                 None => missing.push((key, len)),
                 Some(there) if *there == len => report.present += 1,
@@ -185,8 +216,10 @@ impl Copying<'_> {
                 continue;
             }
             if let Ok(Some(list)) = self.from.prefetch_list(&self.image, *commit).await {
-                self.to.put_prefetch_list(&list).await?;
-                report.copied += 1;
+                // A hint: someone else's is as good.
+                if self.to.put_prefetch_list(&list).await.is_ok() {
+                    report.copied += 1;
+                }
             }
         }
         Ok(())
@@ -219,8 +252,13 @@ impl Copying<'_> {
         commit: CommitId,
         report: &mut SyncReport,
     ) -> Result<(), RepoError> {
-        if self.to.tag(&self.image, tag).await? == Some(commit) {
-            return Ok(());
+        match self.to.tag(&self.image, tag).await? {
+            Some(there) if there == commit => return Ok(()),
+            Some(_) => {
+                report.diverged.push(format!("{}@{tag}", self.image));
+                return Ok(());
+            }
+            None => {}
         }
         self.to.create_tag(&self.image, tag, commit).await?;
         report.refs += 1;
@@ -230,7 +268,7 @@ impl Copying<'_> {
     /// Whether `old` is in the history of `new`, by what the other place has.
     async fn is_ancestor(&self, old: CommitId, new: CommitId) -> Result<bool, RepoError> {
         let meta: Arc<dyn MetaCache> = Arc::new(NoMetaCache);
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         let mut next = vec![new];
         while let Some(id) = next.pop() {
             if id == old {

@@ -86,10 +86,12 @@ impl Patience {
                 now
             }
         };
-        if now.duration_since(since) >= self.expiry {
-            Verdict::Break
-        } else if now.duration_since(self.started) >= CLAIM_PATIENCE.max(2 * self.expiry) {
+        if now.duration_since(self.started) >= CLAIM_PATIENCE.max(2 * self.expiry) {
             Verdict::GiveUp
+        } else if now.duration_since(since) >= self.expiry {
+            // What could not be ended is waited for once more, and not for ever.
+            self.seen = None;
+            Verdict::Break
         } else {
             Verdict::Wait
         }

@@ -26,8 +26,8 @@ use crate::durable::{self, TempFile};
 
 /// Blocking calls under way at once, of one store.
 pub const MAX_BLOCKING: usize = 32;
-/// How long a compare-and-swap waits for another one of the same directory.
-pub const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a compare-and-swap waits for another one of the same directory, which may itself wait for a claim.
+pub const LOCK_PATIENCE: Duration = Duration::from_secs(40);
 /// How long it sleeps between two tries.
 const LOCK_RETRY: Duration = Duration::from_millis(3);
 /// The name of the lock file beside refs. It starts with a dot, so it is no object.

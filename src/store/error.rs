@@ -263,6 +263,18 @@ impl StoreError {
         }
     }
 
+    /// Whether it may go better later with a store that has worked before: a host that boots, an agent or a service of credentials that is away, look from here
+    /// like a user who is not let in.
+    pub fn is_transient_once_known(&self) -> bool {
+        self.is_transient()
+            || matches!(
+                self,
+                StoreError::NotLoggedIn { .. }
+                    | StoreError::NoCredentials { .. }
+                    | StoreError::WrongCredentials { .. }
+            )
+    }
+
     /// Whether the store answered that there is no such object.
     pub fn is_not_found(&self) -> bool {
         matches!(self, StoreError::NotFound { .. })

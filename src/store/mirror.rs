@@ -23,6 +23,8 @@ const LONGEST_REST: Duration = Duration::from_secs(60);
 const EXPLORE: u64 = 64;
 /// Says which repository it is.
 const FORMAT: &str = "format";
+/// What may differ between copies is below a segment of this name.
+const REFS: &str = "refs";
 
 /// Copies of one repository. Clones are the same one.
 #[derive(Clone, Debug)]
@@ -52,6 +54,8 @@ struct Health {
     reads: u64,
     failures: u32,
     rests_until: Option<Instant>,
+    /// It lacked something lately.
+    lacks_until: Option<Instant>,
     /// Whether it holds the same repository; `None` is not known yet.
     is_copy: Option<bool>,
 }
@@ -68,7 +72,16 @@ impl Health {
         (self.failures, self.rests_until) = (0, None);
     }
 
+    fn lacks(&mut self, took: Duration) {
+        self.takes.get_or_insert(took.as_secs_f64());
+        self.lacks_until = Some(Instant::now() + REST);
+    }
+
     fn failed(&mut self) {
+        // Others that failed together with it are one failure.
+        if self.rests() {
+            return;
+        }
         let rest = (REST * 2u32.saturating_pow(self.failures.min(16))).min(LONGEST_REST);
         self.failures += 1;
         self.rests_until = Some(Instant::now() + rest);
@@ -96,7 +109,8 @@ impl MirrorStore {
                 let health = place.health.lock();
                 // One that was never read is tried at once.
                 let takes = if by_speed { health.takes.unwrap_or(0.0) } else { 0.0 };
-                (health.rests(), takes, place)
+                let lacks = by_speed && health.lacks_until.is_some_and(|until| Instant::now() < until);
+                (health.rests() || lacks, takes, place)
             })
             .collect();
         // Stable: equals stay in the user's order.
@@ -128,8 +142,8 @@ impl MirrorStore {
         };
         place.health.lock().is_copy = Some(is_copy);
         if !is_copy {
-            let first = self.inner.places[0].store.describe();
-            tracing::error!(place = %place.store.describe(), "holds another repository than {first}: it is not read");
+            let place = place.store.describe();
+            tracing::error!(%place, "holds another repository than the place that answered first: it is not read");
         }
         Ok(is_copy)
     }
@@ -166,7 +180,11 @@ impl MirrorStore {
                     place.health.lock().answered(began.elapsed());
                     return Ok(value);
                 }
-                Err(error) if is_missing(&error) => missing = Some(error),
+                Err(error) if is_missing(&error) => {
+                    // It answers, but not with what is wanted: others first, for a while.
+                    place.health.lock().lacks(began.elapsed());
+                    missing = Some(error);
+                }
                 Err(error) => {
                     place.health.lock().failed();
                     tracing::debug!(place = %place.store.describe(), %error, "asking the next place");
@@ -178,6 +196,63 @@ impl MirrorStore {
         }
         // That one place lacks it proves nothing while another can't be asked.
         Err(failed.or(missing).expect("there is at least one place"))
+    }
+
+    /// Of what may differ between copies, the first answer counts, and that there is none is an answer: else a ref that was deleted would come back from an
+    /// older copy.
+    async fn first_answer<'p, T, F>(
+        &'p self,
+        request: impl Fn(&'p Arc<dyn Store>) -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        let mut failed = None;
+        let places = self.order(false);
+        let last = places.len() - 1;
+        for (turn, place) in places.into_iter().enumerate() {
+            let asking = async {
+                match self.is_copy(place).await? {
+                    true => request(&place.store).await,
+                    false => Err(self.other_repository(place)),
+                }
+            };
+            let answer = match turn == last {
+                true => asking.await,
+                false => tokio::time::timeout(self.inner.turn, asking)
+                    .await
+                    .unwrap_or_else(|_| Err(self.too_slow(place))),
+            };
+            match answer {
+                Err(error) if !error.is_not_found() => {
+                    place.health.lock().failed();
+                    failed = Some(error);
+                }
+                answer => {
+                    if turn > 0 {
+                        let (place, first) = (place.store.describe(), self.first().describe());
+                        tracing::warn!("what refs say comes from {place}: {first} does not answer");
+                    }
+                    return answer;
+                }
+            }
+        }
+        Err(failed.expect("there is at least one place"))
+    }
+
+    /// Pages of one listing come from one place: another may have another order.
+    async fn paged<'p, T, F>(
+        &'p self,
+        is_first: bool,
+        request: impl Fn(&'p Arc<dyn Store>) -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        match is_first {
+            true => self.first_answer(request).await,
+            false => request(&self.order(false)[0].store).await,
+        }
     }
 
     fn too_slow(&self, place: &Place) -> StoreError {
@@ -217,6 +292,9 @@ fn is_missing(error: &StoreError) -> bool {
 #[async_trait]
 impl Store for MirrorStore {
     async fn get(&self, key: &Key) -> Result<(Bytes, Etag), StoreError> {
+        if key.segments().any(|segment| segment == REFS) {
+            return self.first_answer(|store| store.get(key)).await;
+        }
         self.ask(false, |store| store.get(key)).await
     }
 
@@ -247,7 +325,7 @@ impl Store for MirrorStore {
         after: Option<&Key>,
         limit: usize,
     ) -> Result<Page<Listed>, StoreError> {
-        self.ask(false, |store| store.list(prefix, after, limit)).await
+        self.paged(after.is_none(), |store| store.list(prefix, after, limit)).await
     }
 
     async fn children(
@@ -256,7 +334,7 @@ impl Store for MirrorStore {
         after: Option<&str>,
         limit: usize,
     ) -> Result<Page<String>, StoreError> {
-        self.ask(false, |store| store.children(dir, after, limit)).await
+        self.paged(after.is_none(), |store| store.children(dir, after, limit)).await
     }
 
     async fn delete(&self, _key: &Key) -> Result<(), StoreError> {

@@ -122,7 +122,7 @@ impl Volume {
         let device = Device::new(base, Some(delta), record.size);
         let device = Arc::new(if read_only { device.into_read_only() } else { device });
         let volume = Volume { name, record, device, newer, list, dir: Some(dir), _lock: Some(lock) };
-        volume.keep_pinned(cache).await?;
+        volume.keep_pinned(cache).await;
         Ok(volume)
     }
 

@@ -55,7 +55,7 @@ impl Volume {
         }
         // Before the fetch: its end must not wash out its beginning.
         cache.keep(chunks.iter().copied());
-        let brought = super::prefetch::fetch_everything(base, None).await?;
+        let brought = super::prefetch::fetch_everything(base, None, false).await?;
         cache.written().await;
         if let Some(missing) = chunks.iter().find(|id| !cache.contains(id)) {
             return Err(VolumeError::NotKept { volume: self.name().to_owned(), chunk: *missing });
@@ -72,10 +72,16 @@ impl Volume {
     }
 
     /// Has the cache keep what a pinned volume needs.
-    pub(super) async fn keep_pinned(&self, cache: &Cache) -> Result<(), VolumeError> {
-        if self.dir.as_deref().is_some_and(is_pinned) {
-            cache.keep(chunks_of(self.device().base().version()).await?);
+    pub(super) async fn keep_pinned(&self, cache: &Cache) {
+        if !self.dir.as_deref().is_some_and(is_pinned) {
+            return;
         }
-        Ok(())
+        match chunks_of(self.device().base().version()).await {
+            Ok(chunks) => cache.keep(chunks),
+            // It is served all the same; what leaves the cache can be fetched again.
+            Err(error) => {
+                tracing::warn!(volume = self.name(), %error, "can't tell what to keep of a pinned volume");
+            }
+        }
     }
 }

@@ -27,6 +27,8 @@ const KEEP_EVERY: Duration = Duration::from_secs(10);
 const ANCESTORS: usize = 8;
 /// The longest list that is read from a volume's directory.
 const MAX_FILE: u64 = 4 << 20;
+/// How long everything else waits after a part that could not be fetched.
+const AFTER_FAILURE: Duration = Duration::from_secs(5);
 /// Chunks asked for together when everything is fetched.
 const SHARE: usize = 32;
 
@@ -89,6 +91,8 @@ impl Volume {
     /// Fetches ahead as `mode` says and makes a list where there is none, until all is done or `stop` is called. `rate` bounds, in bytes a second, what is fetched
     /// only because everything is to be here.
     pub async fn prefetch(self: Arc<Self>, mode: Prefetch, rate: Option<ByteLen>, stop: CancellationToken) {
+        // From the first read on, for what is read while a list is looked for is what matters most.
+        self.device().base().start_list();
         let list = match mode {
             Prefetch::None => self.own_list(),
             _ => tokio::select! { list = self.list() => list, () = stop.cancelled() => return },
@@ -124,7 +128,7 @@ impl Volume {
     async fn fetch_all(&self, rate: Option<ByteLen>) {
         let base = self.device().base();
         let began = Instant::now();
-        match fetch_everything(base, rate).await {
+        match fetch_everything(base, rate, true).await {
             Ok(brought) => {
                 let took = began.elapsed();
                 tracing::info!(volume = self.name(), brought = %brought.human(), ?took, "all of it is here");
@@ -133,30 +137,38 @@ impl Volume {
         }
     }
 
-    /// Whether, and where, a list is to be made now; begins it.
+    /// Whether, and where, the list that was begun is to be kept; else ends it.
     fn recording(&self, is_new: bool) -> Option<PathBuf> {
-        let dir = self.dir.clone()?;
-        if !is_new && !dir.join(RECORD_MARK).exists() {
-            return None;
+        let dir = self.dir.clone().filter(|dir| is_new || dir.join(RECORD_MARK).exists());
+        if dir.is_none() {
+            self.device().base().end_list();
         }
-        self.device().base().start_list();
-        Some(dir)
+        dir
     }
 
     async fn watch(&self, dir: Option<PathBuf>, stop: &CancellationToken) {
         let Some(dir) = dir else { return };
         let base = self.device().base();
-        let (ends, mut kept) = (Instant::now() + START, 0);
-        while Instant::now() < ends && !stop.is_cancelled() {
+        // As long as it is there, the list is not all of a start, and the next start is listed anew.
+        if let Err(error) = ask_for_list(&dir) {
+            tracing::warn!(volume = self.name(), %error, "can't mark the prefetch list as unfinished");
+        }
+        let (mut first_read, mut kept) = (None, 0);
+        while first_read.is_none_or(|at: Instant| at.elapsed() < START) && !stop.is_cancelled() {
             tokio::select! { () = tokio::time::sleep(KEEP_EVERY) => {}, () = stop.cancelled() => {} }
             let len = base.list_len();
+            if len > 0 {
+                first_read.get_or_insert_with(Instant::now);
+            }
             if len > kept && !stop.is_cancelled() {
                 self.keep(&dir, base.list_so_far()).await;
                 kept = len;
             }
         }
         self.keep(&dir, base.end_list().unwrap_or_default()).await;
-        let _ = std::fs::remove_file(dir.join(RECORD_MARK));
+        if first_read.is_some_and(|at| at.elapsed() >= START) {
+            let _ = std::fs::remove_file(dir.join(RECORD_MARK));
+        }
     }
 
     async fn keep(&self, dir: &Path, chunks: Vec<ChunkIndex>) {
@@ -174,8 +186,12 @@ impl Volume {
     }
 }
 
-/// Brings all of a commit here, giving way to whoever waits for the repository.
-pub(super) async fn fetch_everything(base: &Arc<Base>, rate: Option<ByteLen>) -> Result<ByteLen, BaseError> {
+/// Brings all of a commit here, giving way to whoever waits for the repository; `going_on` where a part fails, or not.
+pub(super) async fn fetch_everything(
+    base: &Arc<Base>,
+    rate: Option<ByteLen>,
+    going_on: bool,
+) -> Result<ByteLen, BaseError> {
     let end = base.len();
     let (began, mut brought, mut at) = (Instant::now(), 0u64, ByteOffset(0));
     while at.0 < end.0 {
@@ -188,7 +204,15 @@ pub(super) async fn fetch_everything(base: &Arc<Base>, rate: Option<ByteLen>) ->
         let share = (0..SHARE as u64).map(|n| ChunkIndex(first.0 + n));
         at = ByteOffset((first.0 + SHARE as u64) * base.chunk_len());
         base.quiet().await;
-        brought += base.fetch_early(share).await?.0;
+        match base.fetch_early(share).await {
+            Ok(bytes) => brought += bytes.0,
+            // The rest is wanted all the same.
+            Err(error) if going_on => {
+                tracing::warn!(%error, at = at.0, "a part of the image was not fetched");
+                tokio::time::sleep(AFTER_FAILURE).await;
+            }
+            Err(error) => return Err(error),
+        }
         if let Some(rate) = rate {
             let due = Duration::from_secs_f64(brought as f64 / rate.0.max(1) as f64);
             tokio::time::sleep_until((began + due).into()).await;

@@ -60,6 +60,8 @@ pub enum Error {
     NoVolume { volume: String, state_dir: PathBuf },
     #[error("the volume {volume} has no prefetch list yet")]
     NoList { volume: String },
+    #[error("{place} is not the repository this volume is of")]
+    OtherRepository { place: String },
     #[error("can't start: {0}")]
     Runtime(std::io::Error),
     #[error("can't print: {0}")]
@@ -147,7 +149,10 @@ fn push(record: &VolumeRecord, list: &PrefetchList) -> Result<(), Error> {
     let store = store::url::open(&record.access)?;
     runtime.block_on(async {
         let repository = Repository::open(store).await?;
-        repository.put_prefetch_list(list).await
+        if record.repository_id() != Some(repository.id()) {
+            return Err(Error::OtherRepository { place: repository.describe() });
+        }
+        Ok(repository.put_prefetch_list(list).await?)
     })?;
     let commit = list.commit.to_string();
     println!("kept with commit {} of {} in {}", &commit[..12], list.image, record.access);

@@ -11,6 +11,8 @@ use tokio::sync::Notify;
 /// Requests allowed at first: what a queue of 32 needs.
 const AT_FIRST: f64 = 48.0;
 const LESS: f64 = 0.7;
+/// However a store complains, so many are let in: else those who wait would outlast their time.
+const FLOOR: f64 = 4.0;
 const CALM: Duration = Duration::from_millis(200);
 
 /// The bound and who is inside it.
@@ -64,13 +66,19 @@ impl Limit {
 
     pub(super) fn answered(&self) {
         let mut state = self.state.lock();
+        let before = state.allowed.floor();
         state.allowed = (state.allowed + 1.0 / state.allowed).min(state.most);
+        let grown = state.allowed.floor() > before;
+        drop(state);
+        if grown {
+            self.freed.notify_one();
+        }
     }
 
     pub(super) fn overloaded(&self) {
         let mut state = self.state.lock();
         if state.lowered.is_none_or(|at| at.elapsed() > CALM) {
-            state.allowed = (state.allowed * LESS).max(1.0);
+            state.allowed = (state.allowed * LESS).max(FLOOR.min(state.most));
             state.lowered = Some(Instant::now());
         }
     }

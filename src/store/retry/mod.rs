@@ -27,6 +27,8 @@ use super::{Etag, Key, KeyPrefix, Listed, Page, Store, StoreError, Upload};
 /// A store that is out of reach is told of once it has been so for this long: most hiccups are over by then.
 const QUIET: Duration = Duration::from_secs(2);
 
+/// A read that comes at 32 KB/s or faster is let finish, besides the time every attempt has.
+const SLOWEST_BYTES_PER_MS: u64 = 32;
 /// How often a range that comes back too short is asked for again.
 const SHORT_AGAIN: u32 = 2;
 
@@ -93,13 +95,15 @@ impl RetryStore {
         key: &str,
         request: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
-        let _permit = self.shared.limit.enter().await;
+        let no_answer =
+            || Err(StoreError::Unavailable { store: self.describe(), operation, key: key.to_owned() });
+        let Ok(_permit) = tokio::time::timeout(self.options.deadline, self.shared.limit.enter()).await else {
+            return no_answer();
+        };
         let began = Instant::now();
         let answer = match bound {
             None => request.await,
-            Some(bound) => tokio::time::timeout(bound, request).await.unwrap_or_else(|_| {
-                Err(StoreError::Unavailable { store: self.describe(), operation, key: key.to_owned() })
-            }),
+            Some(bound) => tokio::time::timeout(bound, request).await.unwrap_or_else(|_| no_answer()),
         };
         tracing::trace!(operation, key, took = ?began.elapsed(), answered = answer.is_ok(), "request");
         match &answer {
@@ -108,6 +112,14 @@ impl RetryStore {
             Ok(_) => self.shared.limit.answered(),
         }
         answer
+    }
+
+    /// Whether another attempt may go better.
+    fn may_pass(&self, error: &StoreError) -> bool {
+        match self.shared.known.load(Ordering::Relaxed) {
+            true => error.is_transient_once_known(),
+            false => error.is_transient(),
+        }
     }
 
     /// Attempts until one is answered for good or time is up.
@@ -125,14 +137,16 @@ impl RetryStore {
         loop {
             let answer = self.attempt(bound, operation, key, request()).await;
             match answer {
-                Err(error) if error.is_transient() => {
+                Err(error) if self.may_pass(&error) => {
                     let Some(wait) = backoff.next() else { return Err(error) };
                     self.no_answer(&error);
                     tracing::debug!(store = %self.describe(), operation, key, %error, ?wait, "trying again");
                     tokio::time::sleep(wait).await;
                 }
                 answer => {
-                    self.answered();
+                    if answer.as_ref().err().is_none_or(|error| !error.is_transient_once_known()) {
+                        self.answered();
+                    }
                     return answer;
                 }
             }
@@ -179,8 +193,11 @@ impl Store for RetryStore {
 
     async fn get_range(&self, key: &Key, range: Range<u64>) -> Result<Bytes, StoreError> {
         let mut short = 0;
+        // Long ranges take long on a slow line that many share.
+        let len = range.end.saturating_sub(range.start);
+        let bound = self.options.attempt + Duration::from_millis(len / SLOWEST_BYTES_PER_MS);
         loop {
-            let read = self.again(self.bound(), "read", key.as_str(), || async {
+            let read = self.again(Some(bound), "read", key.as_str(), || async {
                 let read = || self.inner.get_range(key, range.clone());
                 self.shared.hedge.race(&self.shared.limit, read).await
             });
@@ -214,7 +231,7 @@ impl Store for RetryStore {
             let error = match self.attempt(None, "write", key.as_str(), swap).await {
                 // With itself, it may be: an attempt before this one may have been carried out.
                 Err(conflict @ StoreError::Conflict { .. }) => return Err(lost.unwrap_or(conflict)),
-                Err(error) if error.is_transient() => error,
+                Err(error) if self.may_pass(&error) => error,
                 answer => {
                     self.answered();
                     return answer;
@@ -287,7 +304,7 @@ impl Upload for RetryUpload {
         let mut failed: Option<StoreError> = None;
         loop {
             match self.store.attempt(None, "write", key.as_str(), self.inner.finish(key)).await {
-                Err(error) if error.is_transient() => {
+                Err(error) if self.store.may_pass(&error) => {
                     let Some(wait) = backoff.next() else { return Err(error) };
                     self.store.no_answer(&error);
                     failed = Some(error);

@@ -18,6 +18,8 @@ use super::place::S3Place;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// For the first byte of an answer.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// An upload that goes at 16 KB/s or faster is let finish, besides the time for the answer.
+const SLOWEST_BYTES_PER_MS: u64 = 16;
 /// A body that does not move for so long is given up.
 const STALL_GRACE: Duration = Duration::from_secs(10);
 /// What servers that are not Amazon's are told where nobody says otherwise: signatures need some region.
@@ -55,9 +57,15 @@ pub(super) async fn client(place: &S3Place) -> Client {
     Client::from_conf(config.build())
 }
 
-/// How requests with long bodies differ: the time they take is the line's, so only a body that does not move is given up.
-pub(super) fn for_bodies(attempts: bool) -> aws_sdk_s3::config::Builder {
-    let timeouts = TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).disable_read_timeout().build();
+/// How requests with long bodies differ: they have the time a slow line needs for so many bytes. (The SDK's watch over bodies that stall takes one that is in memory
+/// for sent as soon as it begins.)
+pub(super) fn for_bodies(bytes: u64, attempts: bool) -> aws_sdk_s3::config::Builder {
+    let bound = READ_TIMEOUT + Duration::from_millis(bytes / SLOWEST_BYTES_PER_MS);
+    let timeouts = TimeoutConfig::builder()
+        .connect_timeout(CONNECT_TIMEOUT)
+        .disable_read_timeout()
+        .operation_attempt_timeout(bound)
+        .build();
     let config = aws_sdk_s3::config::Builder::new().timeout_config(timeouts);
     match attempts {
         true => config.retry_config(RetryConfig::standard().with_max_attempts(PART_ATTEMPTS)),

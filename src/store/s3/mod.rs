@@ -36,7 +36,7 @@ const PART_BYTES: usize = 8 << 20;
 /// Parts on their way at once.
 const PARTS_AT_ONCE: usize = 4;
 /// What uploads that wait for their names may keep in memory together; the rest waits in files.
-const UPLOAD_MEMORY: usize = 96 << 20;
+const UPLOAD_MEMORY: usize = 64 << 20;
 /// The most keys a server lists in one answer.
 const LIST_MAX: usize = 1000;
 
@@ -216,7 +216,7 @@ impl Inner {
             let body = spool.read(0, spool.len() as usize).await.map_err(|e| spool_error(&self.name, e))?;
             let put = client.put_object().bucket(&self.place.bucket).key(self.object(key)).if_none_match("*");
             let put = put.body(ByteStream::from(body)).customize();
-            match put.config_override(client::for_bodies(false)).send().await {
+            match put.config_override(client::for_bodies(spool.len(), false)).send().await {
                 Ok(_) => Ok(()),
                 Err(error) => Err(store_error(&self.name, "write", key, &error)),
             }
@@ -274,7 +274,7 @@ impl Inner {
             let number = index as i32 + 1;
             let part = client.upload_part().bucket(&self.place.bucket).key(self.object(key)).upload_id(id);
             let part = part.part_number(number).body(ByteStream::from(body)).customize();
-            let sent = part.config_override(client::for_bodies(true)).send().await;
+            let sent = part.config_override(client::for_bodies(len, true)).send().await;
             let sent = sent.map_err(|error| store_error(&self.name, "write", key, &error))?;
             Ok(CompletedPart::builder().part_number(number).set_e_tag(sent.e_tag).build())
         });

@@ -41,12 +41,19 @@ pub(super) async fn conditions(
     store: &str,
     id: uuid::Uuid,
 ) -> Result<TagForm, StoreError> {
-    let key = Key::new(&format!("{PROBES}/{id}"))?;
-    let probe = Probe { client, place, store, key };
-    let found = probe.run().await;
-    // Best effort: a probe left behind is skipped by whoever lists.
-    let _ = client.delete_object().bucket(&place.bucket).key(probe.name()).send().await;
-    found
+    let probe = |what| {
+        let key = Key::new(&format!("{PROBES}/{id}-{what}"))?;
+        Ok::<_, StoreError>(Probe { client, place, store, key })
+    };
+    let (making, moving) = (probe("new")?, probe("swap")?);
+    // Together: a server that lets the losers of a race wait costs that only once.
+    let (made, moved) = tokio::join!(making.make(), moving.swap());
+    for probe in [making, moving] {
+        // Best effort: a probe left behind is skipped by whoever lists.
+        let _ = client.delete_object().bucket(&place.bucket).key(probe.name()).send().await;
+    }
+    made?;
+    moved
 }
 
 struct Probe<'p> {
@@ -64,11 +71,20 @@ impl Probe<'_> {
         format!("{}{}", self.place.prefix, self.key)
     }
 
-    async fn run(&self) -> Result<TagForm, StoreError> {
+    /// An object that is made by one of several, and by nobody again.
+    async fn make(&self) -> Result<(), StoreError> {
         // A connection for each racer, so that they start together.
         let _ = join_all((0..RACERS).map(|_| self.tag())).await;
         self.race(None, "If-None-Match").await?;
-        if self.put(None, "again".into()).await?.is_some() {
+        match self.put(None, "again".into()).await? {
+            Some(_) => Err(self.ignored("If-None-Match")),
+            None => Ok(()),
+        }
+    }
+
+    /// An object that is moved on by who knows it, and by one of several who do.
+    async fn swap(&self) -> Result<TagForm, StoreError> {
+        if self.put(None, "first".into()).await?.is_none() {
             return Err(self.ignored("If-None-Match"));
         }
         // As a reader is told it: that is what swaps will expect.

@@ -22,6 +22,8 @@ const DEFAULT_KEYS: [&str; 3] = ["id_ed25519", "id_ecdsa", "id_rsa"];
 const MAX_KEY_BYTES: u64 = 1 << 20;
 /// Keys of an agent that are tried. Servers hang up after some six.
 const MAX_AGENT_KEYS: usize = 32;
+/// How long an agent may take to say which keys it has.
+const AGENT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// One login.
 pub(super) struct Login<'a> {
@@ -76,6 +78,10 @@ impl Login<'_> {
             tried.push("no SSH agent (SSH_AUTH_SOCK is not set)".into());
             return Ok(false);
         };
+        if !answers(socket) {
+            tried.push("the SSH agent, which does not answer".into());
+            return Ok(false);
+        }
         let listed = self.session.agent().and_then(|mut agent| {
             agent.set_identity_path(socket)?;
             agent.connect()?;
@@ -143,6 +149,16 @@ impl Login<'_> {
         }
         Ok(what)
     }
+}
+
+/// Whether an agent answers at all. libssh2 waits for one without end: a forwarded one whose other end sleeps would take the session with it.
+fn answers(socket: &Path) -> bool {
+    use std::io::{Read, Write};
+    // SSH_AGENTC_REQUEST_IDENTITIES (draft-miller-ssh-agent, 4.4).
+    const ASK: [u8; 5] = [0, 0, 0, 1, 11];
+    let Ok(mut agent) = std::os::unix::net::UnixStream::connect(socket) else { return false };
+    let timed = agent.set_read_timeout(Some(AGENT_TIMEOUT)).and(agent.set_write_timeout(Some(AGENT_TIMEOUT)));
+    timed.is_ok() && agent.write_all(&ASK).is_ok() && agent.read_exact(&mut [0; 5]).is_ok()
 }
 
 fn shown(text: &str) -> String {

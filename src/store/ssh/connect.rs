@@ -187,7 +187,9 @@ impl Target<'_> {
         }
         if let Err(error) = session.handshake() {
             let told = self.error("shake hands with", &error);
-            return Err(if is_broken(&error) { Dropped::BySshd(told) } else { Dropped::ForGood(told) });
+            // KEX_FAILURE is what a connection that breaks in the middle of it looks like.
+            let broken = is_broken(&error) || error.code() == ErrorCode::Session(-5);
+            return Err(if broken { Dropped::BySshd(told) } else { Dropped::ForGood(told) });
         }
         self.check_host(&session, &known)?;
         session.set_timeout(STALL_TIMEOUT.as_millis() as u32);

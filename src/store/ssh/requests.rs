@@ -204,8 +204,14 @@ impl<P: Pipe> Sftp<P> {
             self.allow(0);
             let ticket = self.ask(Request::new(wire::READDIR).string(&handle.0))?;
             match self.take(ticket)? {
+                // The end is said by EOF; this could go on for ever.
+                Reply::Names(names) if names.is_empty() => {
+                    break Err(SftpError::Nonsense("a listing that goes on with nothing"));
+                }
                 Reply::Names(names) => {
-                    entries.extend(names.into_iter().filter(|(name, _)| !matches!(&name[..], b"." | b"..")));
+                    // Copied: a name must not keep the packet it came in.
+                    let names = names.into_iter().map(|(name, attrs)| (Bytes::copy_from_slice(&name), attrs));
+                    entries.extend(names.filter(|(name, _)| !matches!(&name[..], b"." | b"..")));
                     if entries.len() > MAX_ENTRIES {
                         break Err(SftpError::Nonsense("a directory has too many entries"));
                     }
