@@ -9,9 +9,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::RepoError;
-use super::version::REREADS;
 use crate::format::FormatError;
 use crate::store::{Key, Store, StoreError};
+
+/// How often what came damaged is asked for again: it may have been spoilt on the way.
+pub(super) const REREADS: usize = 2;
 
 /// A place on this host that remembers metadata by its hash, so that versions open and read with the store away.
 ///

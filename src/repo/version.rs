@@ -13,15 +13,13 @@ use futures_util::{StreamExt, stream};
 use super::clock_cache::ClockCache;
 use super::fetch::{self, RangeRead};
 use super::flights::Flights;
-use super::meta::{MetaCache, MetaReader, named_object_error, on_blocking_thread};
+use super::meta::{MetaCache, MetaReader, REREADS, named_object_error, on_blocking_thread};
 use super::{ImageName, RepoError, Repository, keys};
 use crate::format::map_node::{MapNode, SLOTS_LOG2, TableRef, node_start, root_level, slot_of};
 use crate::format::{ChunkLocation, ChunkTable, Commit, CommitId, MapRoot, NodeId, VerifiedChunk};
 use crate::store::StoreError;
 use crate::units::BlockIndex;
 
-/// How often what came damaged is asked for again.
-pub(super) const REREADS: usize = 2;
 /// Range reads of one [`Version::fetch`] that are under way at once.
 pub const PARALLEL_READS: usize = 16;
 
