@@ -1,6 +1,6 @@
 //! Looking after a cache that no server has open: what is in it, whether that is right, and giving space back.
 //!
-//! Enters: a cache's directory. Leaves: figures; freed slots. Invariants: looking needs no lock and changes nothing, so it may be a moment out of date beside a
+//! Enters: a cache's directory. Leaves: figures; freed slots. Invariants: looking needs no lock and changes nothing but what is damaged (it goes), so it may be a moment out of date beside a
 //! running server; whatever frees takes the lock a server holds.
 
 use std::collections::HashMap;
