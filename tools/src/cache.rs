@@ -14,17 +14,11 @@ use horcrux::repo::{ImageName, MetaCache, RepoError, Repository, Version, Versio
 use horcrux::store::{self, UrlError};
 use horcrux::units::ByteLen;
 use horcrux::volume::pin::{chunks_of, is_pinned, unpin};
-use horcrux::volume::{Source, StateDir, Volume, VolumeError, VolumeRecord, default_state_dir, volume_dir};
+use horcrux::volume::{Source, StateDir, Volume, VolumeError, VolumeRecord, volume_dir};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-/// Where the state is.
-#[derive(clap::Args)]
-struct Place {
-    /// Where volumes and cache are kept [default: /var/lib/horcrux for root, else $XDG_STATE_HOME/horcrux]
-    #[arg(long, value_name = "DIR", env = "HORCRUX_STATE_DIR", global = true)]
-    state_dir: Option<PathBuf>,
-}
+use crate::place::{Place, PlaceError};
 
 /// `pin`.
 #[derive(clap::Args)]
@@ -91,10 +85,8 @@ pub enum Error {
     Volume(#[from] VolumeError),
     #[error(transparent)]
     Cache(#[from] CacheError),
-    #[error("no state directory: neither --state-dir, HORCRUX_STATE_DIR, XDG_STATE_HOME nor HOME is set")]
-    NoStateDir,
-    #[error("there is no volume {volume} in {}", state_dir.display())]
-    NoVolume { volume: String, state_dir: PathBuf },
+    #[error(transparent)]
+    Place(#[from] PlaceError),
     #[error("can't tell what volume {volume} needs: {source}")]
     Unknown { volume: String, source: Box<RepoError> },
     #[error("can't start: {0}")]
@@ -109,9 +101,7 @@ impl Error {
     /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Error::NoVolume { .. } => {
-                Some("'horcrux-nbd serve' makes a volume; check --state-dir".to_owned())
-            }
+            Error::Place(error) => error.hint(),
             Error::Volume(VolumeError::StateDirInUse { .. }) => Some(
                 "stop that server first, or have it fetch everything with 'serve --prefetch all'".to_owned(),
             ),
@@ -128,17 +118,6 @@ impl Error {
     }
 }
 
-impl Place {
-    fn state_dir(&self) -> Result<PathBuf, Error> {
-        self.state_dir.clone().or_else(default_state_dir).ok_or(Error::NoStateDir)
-    }
-}
-
-fn record(state_dir: &Path, volume: &str) -> Result<VolumeRecord, Error> {
-    VolumeRecord::load(&volume_dir(state_dir, volume))?
-        .ok_or_else(|| Error::NoVolume { volume: volume.to_owned(), state_dir: state_dir.to_owned() })
-}
-
 fn runtime() -> Result<tokio::runtime::Runtime, Error> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)
 }
@@ -146,9 +125,8 @@ fn runtime() -> Result<tokio::runtime::Runtime, Error> {
 impl Pin {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
-        let state_dir = self.place.state_dir()?;
-        let record = record(&state_dir, self.volume.as_str())?;
-        let state = StateDir::open(&state_dir)?;
+        let record = self.place.volume(self.volume.as_str())?.record;
+        let state = StateDir::open(&self.place.state_dir()?)?;
         let cache = Cache::open(&state.cache_dir(), CacheOptions::new(self.cache_size))?;
         let store = store::url::open(&record.access)?;
         let brought = runtime()?.block_on(async {
@@ -165,9 +143,7 @@ impl Pin {
 impl Unpin {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
-        let state_dir = self.place.state_dir()?;
-        record(&state_dir, self.volume.as_str())?;
-        unpin(&volume_dir(&state_dir, self.volume.as_str()))?;
+        unpin(&self.place.volume(self.volume.as_str())?.dir)?;
         println!("{}: may leave the cache from the next start on", self.volume);
         Ok(())
     }

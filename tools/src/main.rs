@@ -5,6 +5,7 @@
 
 mod cache;
 mod image;
+mod place;
 mod prefetch;
 mod progress;
 mod sync;

@@ -3,24 +3,23 @@
 //! Enters: a volume of a state directory. Leaves: the list on standard output, kept with its commit, or a mark that asks the server for a new one. Works beside a
 //! running server.
 
-use std::path::PathBuf;
-
 use clap::Subcommand;
 use horcrux::format::PrefetchList;
 use horcrux::repo::{ImageName, RepoError, Repository};
 use horcrux::store::{self, UrlError};
 use horcrux::volume::prefetch::{ask_for_list, load_list};
-use horcrux::volume::{VolumeError, VolumeRecord, default_state_dir, volume_dir};
+use horcrux::volume::{VolumeError, VolumeRecord};
 use serde::Serialize;
+
+use crate::place::{Found, Place, PlaceError};
 
 /// `prefetch`.
 #[derive(clap::Args)]
 pub struct Prefetch {
     #[command(subcommand)]
     action: Action,
-    /// Where the volume is kept [default: /var/lib/horcrux for root, else $XDG_STATE_HOME/horcrux]
-    #[arg(long, value_name = "DIR", env = "HORCRUX_STATE_DIR", global = true)]
-    state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    place: Place,
 }
 
 #[derive(Subcommand)]
@@ -54,10 +53,8 @@ pub enum Error {
     Repo(#[from] RepoError),
     #[error(transparent)]
     Volume(#[from] VolumeError),
-    #[error("no state directory: neither --state-dir, HORCRUX_STATE_DIR, XDG_STATE_HOME nor HOME is set")]
-    NoStateDir,
-    #[error("there is no volume {volume} in {}", state_dir.display())]
-    NoVolume { volume: String, state_dir: PathBuf },
+    #[error(transparent)]
+    Place(#[from] PlaceError),
     #[error("the volume {volume} has no prefetch list yet")]
     NoList { volume: String },
     #[error("{place} is not the repository this volume is of")]
@@ -72,9 +69,7 @@ impl Error {
     /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Error::NoVolume { .. } => {
-                Some("'horcrux-nbd serve' makes a volume; check --state-dir".to_owned())
-            }
+            Error::Place(error) => error.hint(),
             Error::NoList { volume } => {
                 Some(format!("serve {volume} and use it: the server lists what its first five minutes read"))
             }
@@ -86,12 +81,9 @@ impl Error {
 impl Prefetch {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
-        let state_dir = self.state_dir.or_else(default_state_dir).ok_or(Error::NoStateDir)?;
         let (Action::Record { volume } | Action::Show { volume, .. } | Action::Push { volume }) =
             &self.action;
-        let dir = volume_dir(&state_dir, volume.as_str());
-        let record = VolumeRecord::load(&dir)?
-            .ok_or_else(|| Error::NoVolume { volume: volume.to_string(), state_dir })?;
+        let Found { dir, record } = self.place.volume(volume.as_str())?;
         let list = || load_list(&dir)?.ok_or_else(|| Error::NoList { volume: volume.to_string() });
         match &self.action {
             Action::Record { .. } => {
