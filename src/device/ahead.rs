@@ -67,6 +67,10 @@ impl Ahead {
             return None;
         }
         let mut streams = self.streams.lock();
+        // A mark has done its work once it is used, whosever it was: else that chunk would be told of for ever.
+        for mark in self.marks.iter().filter(|mark| chunks.contains(&mark.load(Ordering::Relaxed))) {
+            mark.store(NOWHERE, Ordering::Relaxed);
+        }
         streams.clock += 1;
         let clock = streams.clock;
         let known = streams.streams.iter().position(|stream| {
@@ -173,6 +177,22 @@ mod tests {
             }
         }
         assert!((790..=900).contains(&asked), "{asked} chunks were asked for ahead of 800");
+    }
+
+    #[test]
+    fn a_mark_is_told_of_once() {
+        let (ahead, mut here) = (Ahead::new(64), Vec::new());
+        sweep(&ahead, &mut here, END - 3000..END);
+        for _ in 0..2 {
+            let marked: Vec<u64> = (END - 3000..END).filter(|at| ahead.is_mark(ChunkIndex(*at))).collect();
+            for at in marked {
+                ahead.used(at..at + 1, END);
+            }
+        }
+        assert!(
+            (END - 3000..END).all(|at| !ahead.is_mark(ChunkIndex(at))),
+            "what was swept stays slow to read"
+        );
     }
 
     #[test]
