@@ -148,9 +148,45 @@ impl MirrorStore {
         Ok(is_copy)
     }
 
+    /// Asks one place. The last one has all the time its caller gives it.
+    async fn take_turn<'p, T, F>(
+        &'p self,
+        place: &'p Place,
+        is_last: bool,
+        request: &impl Fn(&'p Arc<dyn Store>) -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        let began = Instant::now();
+        let asking = async {
+            match self.is_copy(place).await? {
+                true => request(&place.store).await,
+                false => Err(self.other_repository(place)),
+            }
+        };
+        let answer = match is_last {
+            true => asking.await,
+            false => tokio::time::timeout(self.inner.turn, asking)
+                .await
+                .unwrap_or_else(|_| Err(self.too_slow(place))),
+        };
+        let mut health = place.health.lock();
+        match &answer {
+            Ok(_) => health.answered(began.elapsed()),
+            // It answers, but not with what is wanted: others first, for a while.
+            Err(error) if is_missing(error) => health.lacks(began.elapsed()),
+            Err(_) => health.failed(),
+        }
+        drop(health);
+        answer
+    }
+
+    /// Asks one place after the other. Where `first_decides`, the user's first place is believed that something is not there; else all must say so.
     async fn ask<'p, T, F>(
         &'p self,
         by_speed: bool,
+        first_decides: bool,
         request: impl Fn(&'p Arc<dyn Store>) -> F,
     ) -> Result<T, StoreError>
     where
@@ -160,33 +196,18 @@ impl MirrorStore {
         let places = self.order(by_speed);
         let last = places.len() - 1;
         for (turn, place) in places.into_iter().enumerate() {
-            let began = Instant::now();
-            let asking = async {
-                match self.is_copy(place).await? {
-                    true => request(&place.store).await,
-                    false => Err(self.other_repository(place)),
-                }
-            };
-            let answer = if turn == last {
-                asking.await
-            } else {
-                // The last one has all the time its caller gives it.
-                tokio::time::timeout(self.inner.turn, asking)
-                    .await
-                    .unwrap_or_else(|_| Err(self.too_slow(place)))
-            };
-            match answer {
+            let is_first = std::ptr::eq(place, &self.inner.places[0]);
+            match self.take_turn(place, turn == last, &request).await {
                 Ok(value) => {
-                    place.health.lock().answered(began.elapsed());
+                    if first_decides && !is_first {
+                        let (place, first) = (place.store.describe(), self.first().describe());
+                        tracing::warn!("what refs say comes from {place}: {first} does not answer");
+                    }
                     return Ok(value);
                 }
-                Err(error) if is_missing(&error) => {
-                    // It answers, but not with what is wanted: others first, for a while.
-                    place.health.lock().lacks(began.elapsed());
-                    missing = Some(error);
-                }
+                Err(error) if first_decides && is_first && error.is_not_found() => return Err(error),
+                Err(error) if is_missing(&error) => missing = Some(error),
                 Err(error) => {
-                    place.health.lock().failed();
                     tracing::debug!(place = %place.store.describe(), %error, "asking the next place");
                     if failed.as_ref().is_none_or(|known: &StoreError| !known.is_transient()) {
                         failed = Some(error);
@@ -198,60 +219,18 @@ impl MirrorStore {
         Err(failed.or(missing).expect("there is at least one place"))
     }
 
-    /// Of what may differ between copies, the first answer counts, and that there is none is an answer: else a ref that was deleted would come back from an
-    /// older copy.
-    async fn first_answer<'p, T, F>(
-        &'p self,
-        request: impl Fn(&'p Arc<dyn Store>) -> F,
-    ) -> Result<T, StoreError>
-    where
-        F: Future<Output = Result<T, StoreError>>,
-    {
-        let mut failed = None;
-        let places = self.order(false);
-        let last = places.len() - 1;
-        for (turn, place) in places.into_iter().enumerate() {
-            let asking = async {
-                match self.is_copy(place).await? {
-                    true => request(&place.store).await,
-                    false => Err(self.other_repository(place)),
-                }
-            };
-            let answer = match turn == last {
-                true => asking.await,
-                false => tokio::time::timeout(self.inner.turn, asking)
-                    .await
-                    .unwrap_or_else(|_| Err(self.too_slow(place))),
-            };
-            match answer {
-                Err(error) if !error.is_not_found() => {
-                    place.health.lock().failed();
-                    failed = Some(error);
-                }
-                answer => {
-                    if turn > 0 {
-                        let (place, first) = (place.store.describe(), self.first().describe());
-                        tracing::warn!("what refs say comes from {place}: {first} does not answer");
-                    }
-                    return answer;
-                }
-            }
-        }
-        Err(failed.expect("there is at least one place"))
-    }
-
     /// Pages of one listing come from one place: another may have another order.
     async fn paged<'p, T, F>(
         &'p self,
-        is_first: bool,
+        is_first_page: bool,
         request: impl Fn(&'p Arc<dyn Store>) -> F,
     ) -> Result<T, StoreError>
     where
         F: Future<Output = Result<T, StoreError>>,
     {
-        match is_first {
-            true => self.first_answer(request).await,
-            false => request(&self.order(false)[0].store).await,
+        match is_first_page {
+            true => self.ask(false, true, request).await,
+            false => self.take_turn(self.order(false)[0], true, &request).await,
         }
     }
 
@@ -292,14 +271,13 @@ fn is_missing(error: &StoreError) -> bool {
 #[async_trait]
 impl Store for MirrorStore {
     async fn get(&self, key: &Key) -> Result<(Bytes, Etag), StoreError> {
-        if key.segments().any(|segment| segment == REFS) {
-            return self.first_answer(|store| store.get(key)).await;
-        }
-        self.ask(false, |store| store.get(key)).await
+        // A ref that was deleted must not come back from an older copy.
+        let is_ref = key.segments().any(|segment| segment == REFS);
+        self.ask(false, is_ref, |store| store.get(key)).await
     }
 
     async fn get_range(&self, key: &Key, range: Range<u64>) -> Result<Bytes, StoreError> {
-        self.ask(true, |store| store.get_range(key, range.clone())).await
+        self.ask(true, false, |store| store.get_range(key, range.clone())).await
     }
 
     async fn put_new(&self, _key: &Key, _body: Bytes) -> Result<(), StoreError> {
@@ -413,6 +391,20 @@ mod tests {
         assert!(mirror.get(&key("other")).await.unwrap_err().is_not_found());
         second.faults.always(Method::Get, "", Fault::FailBefore);
         let error = mirror.get(&key("block")).await.unwrap_err();
+        assert!(error.is_transient(), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_ref_that_the_first_place_lacks_does_not_come_back_from_another() {
+        let (first, second) = (copy("a").await, copy("a").await);
+        let refs = key("images/a/refs/heads/main");
+        second.counts.put_new(&refs, "old".into()).await.unwrap();
+        let mirror = mirror(&[&first, &second]);
+        assert!(mirror.get(&refs).await.unwrap_err().is_not_found());
+        // While the first can't be asked, what the second has is better than nothing, and what it lacks proves nothing.
+        first.faults.always(Method::Get, "", Fault::FailBefore);
+        assert_eq!(mirror.get(&refs).await.unwrap().0, "old");
+        let error = mirror.get(&key("images/a/refs/heads/other")).await.unwrap_err();
         assert!(error.is_transient(), "{error}");
     }
 

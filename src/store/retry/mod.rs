@@ -143,14 +143,17 @@ impl RetryStore {
                     tracing::debug!(store = %self.describe(), operation, key, %error, ?wait, "trying again");
                     tokio::time::sleep(wait).await;
                 }
-                answer => {
-                    if answer.as_ref().err().is_none_or(|error| !error.is_transient_once_known()) {
-                        self.answered();
-                    }
-                    return answer;
-                }
+                answer => return self.settled(answer),
             }
         }
+    }
+
+    /// An answer for good. That it refuses who asks says nothing of a store that never answered.
+    fn settled<T>(&self, answer: Result<T, StoreError>) -> Result<T, StoreError> {
+        if answer.as_ref().err().is_none_or(|error| !error.is_transient_once_known()) {
+            self.answered();
+        }
+        answer
     }
 
     /// The store did not answer: said once, when it has lasted. Of one that never answered the error alone speaks, and soon.
@@ -214,7 +217,8 @@ impl Store for RetryStore {
     }
 
     async fn begin(&self) -> Result<Box<dyn Upload>, StoreError> {
-        let inner = self.again(self.bound(), "write", "", || self.inner.begin()).await?;
+        // Without a bound: it may have to find out first what the server can do.
+        let inner = self.again(None, "write", "an upload", || self.inner.begin()).await?;
         Ok(Box::new(RetryUpload { inner, store: self.clone() }))
     }
 
@@ -232,10 +236,7 @@ impl Store for RetryStore {
                 // With itself, it may be: an attempt before this one may have been carried out.
                 Err(conflict @ StoreError::Conflict { .. }) => return Err(lost.unwrap_or(conflict)),
                 Err(error) if self.may_pass(&error) => error,
-                answer => {
-                    self.answered();
-                    return answer;
-                }
+                answer => return self.settled(answer),
             };
             let Some(wait) = backoff.next() else { return Err(error) };
             self.no_answer(&error);
@@ -312,10 +313,7 @@ impl Upload for RetryUpload {
                 }
                 // A store whose uploads can't be finished twice: what went wrong is the first answer.
                 Err(cancelled @ StoreError::Cancelled { .. }) => return Err(failed.unwrap_or(cancelled)),
-                answer => {
-                    self.store.answered();
-                    return answer;
-                }
+                answer => return self.store.settled(answer),
             }
         }
     }
