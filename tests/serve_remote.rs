@@ -60,6 +60,12 @@ fn what_a_first_start_reads_is_listed_kept_with_the_commit_and_fetched_on_anothe
     let starts: Vec<u64> = runs.iter().map(|run| run[0].as_u64().unwrap()).collect();
     let position = |chunk: u64| starts.iter().position(|start| *start == chunk);
     assert!(position(9 << 3) < position(1 << 3) && position(9 << 3).is_some(), "{json}");
+    // A start that was cut short sooner does not take the longer list's place.
+    let server = serve(&image, &first).arg("--prefetch").arg("none").start();
+    qemu_read(&server, "3M", "4k").ok();
+    server.stop();
+    let again = state_cli(&first, &["prefetch", "show", "--json", "disk"]).ok();
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&again).unwrap()["runs"], json["runs"]);
     let pushed = state_cli(&first, &["prefetch", "push", "disk"]).ok();
     assert!(pushed.starts_with("kept with commit "), "{pushed}");
     // Again, it is there already.

@@ -387,7 +387,7 @@ impl Base {
         Ok(())
     }
 
-    /// Brings everything in a range of the commit here, some chunks at a time.
+    /// Brings everything in a range of the commit here, some chunks at a time; a client waits for that.
     pub async fn prefetch(&self, range: ByteRange) -> Result<(), BaseError> {
         let mut at = range.start;
         let mut batch = Vec::with_capacity(PREFETCH_CHUNKS);
@@ -401,10 +401,10 @@ impl Base {
             at = ByteOffset(start.0 + self.chunk_len);
             batch.push(chunk);
             if batch.len() == PREFETCH_CHUNKS {
-                self.bring(&std::mem::take(&mut batch), &mut Vec::new(), Purpose::Early).await?;
+                self.bring(&std::mem::take(&mut batch), &mut Vec::new(), Purpose::Read).await?;
             }
         }
-        self.bring(&batch, &mut Vec::new(), Purpose::Early).await
+        self.bring(&batch, &mut Vec::new(), Purpose::Read).await
     }
 
     /// Brings chunks here before anyone asks for them, in about their order, some of them at once. How many bytes of chunks were not here before.
@@ -460,8 +460,10 @@ async fn fly_together(
     let answers = version.fetch(&locations).await;
     let landed = flights.into_iter().zip(answers).map(|((chunk, location, flight), answer)| match answer {
         Ok(content) => flight.fulfil_in(&mut room, content).map(|here| (chunk, Some(here))),
-        // Whoever waits for it fetches it again, with all the time a read has.
-        Err(_) if purpose == Purpose::Early => Err(FetchError::BrokenOff { id: location.id }),
+        // The flight is let go, not failed: whoever waits for it fetches it again, with all the time a read has.
+        Err(error) if purpose == Purpose::Early => {
+            Err(FetchError::Fetch { id: location.id, source: Arc::new(error) })
+        }
         Err(error) => Err(flight.fail(error)),
     });
     // All of them, before the first error is told: the others' waiters must not wait for ours.

@@ -196,6 +196,11 @@ impl RepoError {
     pub fn is_transient(&self) -> bool {
         matches!(self, RepoError::Store(error) if error.is_transient())
     }
+
+    /// Whether it says that the repository is out of reach rather than wrong: a place that is not mounted now counts.
+    pub fn is_away(&self) -> bool {
+        self.is_transient() || matches!(self, RepoError::Store(StoreError::NoPlace { .. }))
+    }
 }
 
 fn list(names: &[String]) -> String {

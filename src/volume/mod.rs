@@ -82,8 +82,7 @@ impl Volume {
                 match (reference, resolved) {
                     (Some(reference), Ok(Ok(asked))) => record.check_base(&name, reference, asked)?,
                     (Some(reference), Err(_)) if record.is_of(reference) => {}
-                    (Some(reference), Ok(Err(error)))
-                        if prefetch::is_away(&error) && record.is_of(reference) => {}
+                    (Some(reference), Ok(Err(error))) if error.is_away() && record.is_of(reference) => {}
                     (Some(_), Ok(Err(error))) => return Err(error.into()),
                     (Some(reference), Err(_)) => {
                         let (volume, reference) = (name.clone(), reference.to_string());

@@ -55,7 +55,7 @@ impl Volume {
         }
         // Before the fetch: its end must not wash out its beginning.
         cache.keep(chunks.iter().copied());
-        let brought = super::prefetch::fetch_everything(base, None, false).await?;
+        let brought = super::prefetch::fetch_everything(base, None, Err).await?;
         cache.written().await;
         if let Some(missing) = chunks.iter().find(|id| !cache.contains(id)) {
             return Err(VolumeError::NotKept { volume: self.name().to_owned(), chunk: *missing });

@@ -12,7 +12,6 @@ use tokio_util::sync::CancellationToken;
 use super::{Volume, VolumeError};
 use crate::device::{Base, BaseError};
 use crate::format::PrefetchList;
-use crate::repo::RepoError;
 use crate::units::{ByteLen, ByteOffset, ChunkIndex};
 
 /// Name of the list in a volume's directory.
@@ -128,12 +127,17 @@ impl Volume {
     async fn fetch_all(&self, rate: Option<ByteLen>) {
         let base = self.device().base();
         let began = Instant::now();
-        match fetch_everything(base, rate, true).await {
-            Ok(brought) => {
-                let took = began.elapsed();
-                tracing::info!(volume = self.name(), brought = %brought.human(), ?took, "all of it is here");
-            }
-            Err(error) => tracing::warn!(volume = self.name(), %error, "not all of it was fetched"),
+        let mut failed = 0u64;
+        let go_on = |error| {
+            tracing::warn!(volume = self.name(), %error, "a part of the image was not fetched");
+            failed += 1;
+            Ok(())
+        };
+        let brought = fetch_everything(base, rate, go_on).await.unwrap_or_default();
+        let (volume, brought, took) = (self.name(), brought.human(), began.elapsed());
+        match failed {
+            0 => tracing::info!(volume, %brought, ?took, "all of it is here"),
+            failed => tracing::warn!(volume, %brought, ?took, failed, "not all of it was fetched"),
         }
     }
 
@@ -150,9 +154,8 @@ impl Volume {
         let Some(dir) = dir else { return };
         let base = self.device().base();
         // As long as it is there, the list is not all of a start, and the next start is listed anew.
-        if let Err(error) = ask_for_list(&dir) {
-            tracing::warn!(volume = self.name(), %error, "can't mark the prefetch list as unfinished");
-        }
+        let marking = dir.clone();
+        self.on_disk("mark the prefetch list as unfinished", move || ask_for_list(&marking)).await;
         let (mut first_read, mut kept) = (None, 0);
         while first_read.is_none_or(|at: Instant| at.elapsed() < START) && !stop.is_cancelled() {
             tokio::select! { () = tokio::time::sleep(KEEP_EVERY) => {}, () = stop.cancelled() => {} }
@@ -161,44 +164,66 @@ impl Volume {
                 first_read.get_or_insert_with(Instant::now);
             }
             if len > kept && !stop.is_cancelled() {
-                self.keep(&dir, base.list_so_far()).await;
+                self.keep(&dir, base.list_so_far(), false).await;
                 kept = len;
             }
         }
-        self.keep(&dir, base.end_list().unwrap_or_default()).await;
-        if first_read.is_some_and(|at| at.elapsed() >= START) {
-            let _ = std::fs::remove_file(dir.join(RECORD_MARK));
+        let is_whole = first_read.is_some_and(|at| at.elapsed() >= START);
+        self.keep(&dir, base.end_list().unwrap_or_default(), is_whole).await;
+    }
+
+    /// Runs what blocks on the disk; help that fails is logged.
+    async fn on_disk(&self, what: &str, work: impl FnOnce() -> Result<(), VolumeError> + Send + 'static) {
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(work).await {
+            tracing::warn!(volume = self.name(), %error, "can't {what}");
         }
     }
 
-    async fn keep(&self, dir: &Path, chunks: Vec<ChunkIndex>) {
+    /// Keeps a list. One that is not a whole start's does not replace a longer one; one that is takes the mark away, after it is kept.
+    async fn keep(&self, dir: &Path, chunks: Vec<ChunkIndex>, is_whole: bool) {
         if chunks.is_empty() {
             return;
         }
         let version = self.device().base().version();
         let list =
             PrefetchList::new(version.image().to_string(), version.id(), version.commit().chunk_size, chunks);
-        let path = dir.join(LIST_FILE);
-        let writing = move || crate::durable::replace_file(&path, &list.encode());
-        if let Ok(Err(error)) = tokio::task::spawn_blocking(writing).await {
-            tracing::warn!(volume = self.name(), %error, "can't keep the prefetch list");
-        }
+        let dir = dir.to_owned();
+        let keeping = move || {
+            let longer = |there: PrefetchList| there.commit == list.commit && there.len() > list.len();
+            if !is_whole && load_list(&dir).ok().flatten().is_some_and(longer) {
+                return Ok(());
+            }
+            let path = dir.join(LIST_FILE);
+            let failed = |path| move |source| VolumeError::Io { action: "write", path, source };
+            crate::durable::replace_file(&path, &list.encode()).map_err(failed(path))?;
+            let mark = dir.join(RECORD_MARK);
+            if is_whole { std::fs::remove_file(&mark).map_err(failed(mark)) } else { Ok(()) }
+        };
+        self.on_disk("keep the prefetch list", keeping).await;
     }
 }
 
-/// Brings all of a commit here, giving way to whoever waits for the repository; `going_on` where a part fails, or not.
+/// Brings all of a commit here, giving way to whoever waits for the repository. Of a part that fails `on_failure` says whether to go on without it.
 pub(super) async fn fetch_everything(
     base: &Arc<Base>,
     rate: Option<ByteLen>,
-    going_on: bool,
+    mut on_failure: impl FnMut(BaseError) -> Result<(), BaseError>,
 ) -> Result<ByteLen, BaseError> {
     let end = base.len();
     let (began, mut brought, mut at) = (Instant::now(), 0u64, ByteOffset(0));
     while at.0 < end.0 {
-        let hole_end = base.hole_end(at).await?;
-        if hole_end > at {
-            at = hole_end;
-            continue;
+        match base.hole_end(at).await {
+            Ok(hole_end) if hole_end > at => {
+                at = hole_end;
+                continue;
+            }
+            Ok(_) => {}
+            Err(error) => {
+                on_failure(error)?;
+                at = base.block_end(at);
+                tokio::time::sleep(AFTER_FAILURE).await;
+                continue;
+            }
         }
         let (first, _) = base.chunk_at(at);
         let share = (0..SHARE as u64).map(|n| ChunkIndex(first.0 + n));
@@ -206,12 +231,10 @@ pub(super) async fn fetch_everything(
         base.quiet().await;
         match base.fetch_early(share).await {
             Ok(bytes) => brought += bytes.0,
-            // The rest is wanted all the same.
-            Err(error) if going_on => {
-                tracing::warn!(%error, at = at.0, "a part of the image was not fetched");
+            Err(error) => {
+                on_failure(error)?;
                 tokio::time::sleep(AFTER_FAILURE).await;
             }
-            Err(error) => return Err(error),
         }
         if let Some(rate) = rate {
             let due = Duration::from_secs_f64(brought as f64 / rate.0.max(1) as f64);
@@ -248,9 +271,4 @@ pub fn ask_for_list(dir: &Path) -> Result<(), VolumeError> {
         path,
         source,
     })
-}
-
-/// Whether an error says that the repository is away rather than wrong.
-pub fn is_away(error: &RepoError) -> bool {
-    matches!(error, RepoError::Store(error) if error.is_transient() || matches!(error, crate::store::StoreError::NoPlace { .. }))
 }

@@ -14,7 +14,6 @@ use horcrux::nbd::{Endpoint, Export, Listener, ServeError, Server, ServerOptions
 use horcrux::repo::{ImageName, Reference, RepoError, Repository};
 use horcrux::store::{MirrorStore, RepositoryUrl, RetryOptions, RetryStore, Store, UrlError};
 use horcrux::units::ByteLen;
-use horcrux::volume::prefetch::is_away;
 use horcrux::volume::{Prefetch, Source, StateDir, Volume, VolumeError, VolumeRecord, default_state_dir};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use tokio::signal::unix::{SignalKind, signal};
@@ -200,7 +199,7 @@ async fn open_repository(
         Ok(repository) => return Ok(repository),
         Err(error) => error,
     };
-    let known = if is_away(&error) { known_repository(state, names)? } else { None };
+    let known = if error.is_away() { known_repository(state, names)? } else { None };
     let Some(id) = known else { return Err(error.into()) };
     tracing::warn!(%error, "the repository is out of reach: serving what is here");
     // It has answered on another day.
