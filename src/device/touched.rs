@@ -1,10 +1,10 @@
 //! Which chunks a device's first minutes read, in order: what a later cold start fetches ahead of demand.
 //!
-//! Enters: each chunk that is read. Leaves: the list, once. Invariant: when it is off, a read costs one load; a chunk is in the list once; the list has at most
-//! [`MOST`] chunks.
+//! Enters: each chunk that is read. Leaves: the list, once. Invariant: a read costs one load when it is off, and as a rule two when it is on; a chunk is in the
+//! list once; the list has at most [`MOST`] chunks.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -13,10 +13,17 @@ use crate::units::ChunkIndex;
 /// Chunks of a list: 8 GiB of chunks of 128 KiB, far more than a start reads.
 pub const MOST: usize = 1 << 16;
 
+/// Listed chunks that are known without the lock.
+const RECENT: usize = 4096;
+/// No chunk.
+const NOWHERE: u64 = u64::MAX;
+
 /// The list as it grows.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Touched {
     is_on: AtomicBool,
+    /// Some of what is listed, each chunk in the place its number says. Changed only under the lock.
+    recent: Box<[AtomicU64]>,
     inner: Mutex<Option<Inner>>,
 }
 
@@ -26,10 +33,21 @@ struct Inner {
     order: Vec<ChunkIndex>,
 }
 
+impl Default for Touched {
+    fn default() -> Touched {
+        let recent = (0..RECENT).map(|_| AtomicU64::new(NOWHERE)).collect();
+        Touched { is_on: AtomicBool::new(false), recent, inner: Mutex::default() }
+    }
+}
+
 impl Touched {
     /// Begins a list.
     pub(super) fn start(&self) {
-        *self.inner.lock() = Some(Inner::default());
+        let mut inner = self.inner.lock();
+        *inner = Some(Inner::default());
+        for place in &self.recent {
+            place.store(NOWHERE, Ordering::Relaxed);
+        }
         self.is_on.store(true, Ordering::Release);
     }
 
@@ -51,9 +69,14 @@ impl Touched {
 
     #[inline]
     pub(super) fn note(&self, chunk: ChunkIndex) {
-        if self.is_on.load(Ordering::Relaxed) {
+        if self.is_on.load(Ordering::Relaxed) && self.place(chunk).load(Ordering::Relaxed) != chunk.0 {
             self.note_slowly(chunk);
         }
+    }
+
+    #[inline]
+    fn place(&self, chunk: ChunkIndex) -> &AtomicU64 {
+        &self.recent[chunk.0 as usize % RECENT]
     }
 
     #[cold]
@@ -63,6 +86,7 @@ impl Touched {
         if inner.order.len() < MOST && inner.seen.insert(chunk.0) {
             inner.order.push(chunk);
         }
+        self.place(chunk).store(chunk.0, Ordering::Relaxed);
     }
 }
 
@@ -82,5 +106,18 @@ mod tests {
         assert_eq!(touched.stop(), Some([7, 3, 999, 0].map(ChunkIndex).to_vec()));
         touched.note(ChunkIndex(5));
         assert_eq!(touched.stop(), None);
+    }
+
+    #[test]
+    fn chunks_that_share_a_place_are_told_apart() {
+        let touched = Touched::default();
+        let others: Vec<ChunkIndex> = (0..3).map(|n| ChunkIndex(5 + n * RECENT as u64)).collect();
+        for _ in 0..2 {
+            touched.start();
+            for chunk in others.iter().chain(&others) {
+                touched.note(*chunk);
+            }
+            assert_eq!(touched.stop(), Some(others.clone()), "a list begun anew forgets the one before");
+        }
     }
 }

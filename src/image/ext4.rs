@@ -8,7 +8,7 @@
 //! little behind it (further inode tables, backup superblocks) waits in memory. Contents lie in the order the files
 //! were declared in, so they are taken from the reader's stream as they come and no file is looked up again.
 //!
-//! Memory goes by names, some 1.5 KB each, and by the device's size: mkext4 keeps two blocks for each group of 128 MiB,
+//! Memory goes by names, some 1.1 KB each, and by the device's size: mkext4 keeps two blocks for each group of 128 MiB,
 //! which is 64 MiB for a device of 1 TiB and 1 GiB for one of 16 TiB.
 
 use std::io;
