@@ -177,6 +177,86 @@ fn what_is_wrong_with_a_bucket_or_its_credentials_is_said_in_one_line() {
     assert!(said.contains("is not empty and not a repository: it holds 'letter.txt'"), "{said}");
 }
 
+#[test]
+fn with_a_server_of_ones_own_no_cloud_is_asked_for_a_region() {
+    if !weed() {
+        return;
+    }
+    let server = Weed::start();
+    let image = Image::of(noise(4, 1 << 20));
+    let metadata = TcpListener::bind("127.0.0.1:0").unwrap();
+    metadata.set_nonblocking(true).unwrap();
+    let mut command = cli();
+    command.args(["image-from-file", "disk"]).arg(image.raw_file()).arg(server.url("region"));
+    with_credentials(&mut command, ACCESS_KEY, SECRET_KEY);
+    let address = format!("http://{}", metadata.local_addr().unwrap());
+    command.env_remove("AWS_EC2_METADATA_DISABLED").env("AWS_EC2_METADATA_SERVICE_ENDPOINT", address);
+    let ran = run(&mut command);
+    assert_eq!(ran.stderr, "");
+    ran.ok();
+    let asked = metadata.accept().map_err(|error| error.kind());
+    assert_eq!(asked.unwrap_err(), std::io::ErrorKind::WouldBlock, "the metadata service was asked");
+}
+
+/// Answers one request with 403 after the other; what it was asked, head by head.
+fn refuses(asked: Arc<Mutex<Vec<String>>>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    // It ends with the test's process: nothing is written, and nobody waits for it.
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = BufReader::new(stream.unwrap());
+            let mut head = String::new();
+            while !head.ends_with("\r\n\r\n") && stream.read_line(&mut head).is_ok_and(|len| len > 0) {}
+            asked.lock().unwrap().push(head);
+            let answer = "HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+            let _ = stream.get_mut().write_all(answer.as_bytes());
+        }
+    });
+    port
+}
+
+#[test]
+fn profiles_regions_and_session_tokens_are_where_the_aws_tools_keep_them() {
+    let image = Image::of(noise(5, 1 << 20));
+    let home = image.dir().join("home/.aws");
+    std::fs::create_dir_all(&home).unwrap();
+    let token = "t0ken-that-15-temporary";
+    std::fs::write(
+        home.join("credentials"),
+        format!("[dev]\naws_access_key_id = AKIDDEV\naws_secret_access_key = d3v5ecret\naws_session_token = {token}\n"),
+    )
+    .unwrap();
+    std::fs::write(home.join("config"), "[profile dev]\nregion = eu-north-9\n").unwrap();
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let port = refuses(asked.clone());
+    let ask = |settings: &[(&str, &str)]| {
+        let mut command = cli();
+        command.args(["image-from-file", "disk"]).arg(image.raw_file());
+        command.arg(format!("minio://127.0.0.1:{port}/{BUCKET}/r"));
+        without_credentials(&mut command);
+        command.env("HOME", image.dir().join("home")).envs(settings.iter().copied());
+        let said = run(&mut command).refused();
+        assert_eq!(said.lines().count(), 1, "{said}");
+        for secret in [token, "d3v5ecret", "AKIDDEV"] {
+            assert!(!said.contains(secret), "{said}");
+        }
+        std::mem::take(&mut *asked.lock().unwrap()).remove(0).to_lowercase()
+    };
+    let head = ask(&[("AWS_PROFILE", "dev")]);
+    assert!(head.contains("credential=akiddev/") && head.contains("/eu-north-9/s3/"), "{head}");
+    assert!(head.contains(&format!("x-amz-security-token: {token}\r\n")), "{head}");
+    // The environment is stronger.
+    let head = ask(&[
+        ("AWS_ACCESS_KEY_ID", "AKIDENV"),
+        ("AWS_SECRET_ACCESS_KEY", "d3v5ecret"),
+        ("AWS_SESSION_TOKEN", token),
+        ("AWS_REGION", "ap-south-7"),
+    ]);
+    assert!(head.contains("credential=akidenv/") && head.contains("/ap-south-7/s3/"), "{head}");
+    assert!(head.contains(&format!("x-amz-security-token: {token}\r\n")), "{head}");
+}
+
 /// A server that answers 200 to every PUT, whatever it was told to make sure of before: several real ones do.
 fn ignores_conditions(
     stop: Arc<AtomicBool>,

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use aws_config::environment::EnvironmentVariableRegionProvider;
+use aws_config::meta::region::RegionProviderChain;
+use aws_config::profile::ProfileFileRegionProvider;
 use aws_config::{BehaviorVersion, Region};
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::retry::RetryConfig;
@@ -42,6 +45,11 @@ pub(super) async fn client(place: &S3Place) -> Client {
         );
     if let Some(region) = &place.region {
         loader = loader.region(Region::new(region.clone()));
+    } else if place.endpoint.is_some() {
+        // A server that is not Amazon's: what this machine's cloud would say is no answer, and asking it takes time.
+        let said = RegionProviderChain::first_try(EnvironmentVariableRegionProvider::new());
+        let said = said.or_else(ProfileFileRegionProvider::new());
+        loader = loader.region(said.or_else(Region::new(FALLBACK_REGION)));
     }
     let shared = loader.load().await;
     let mut config = aws_sdk_s3::config::Builder::from(&shared)
