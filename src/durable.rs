@@ -11,14 +11,33 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use rustix::fs::{CWD, RenameFlags};
 
 /// How the name of a write in flight starts. No object and no other file has such a name.
 pub const TEMP_PREFIX: &str = ".tmp-";
 
+/// How often and how soon what met a stale handle is done again.
+const STALE_TRIES: u32 = 10;
+const STALE_PAUSE: Duration = Duration::from_millis(5);
+
 /// How often another name is tried where a temporary one is taken.
 const TEMP_NAME_TRIES: u32 = 16;
+
+/// Does something with a name that others may be giving to something else, again where that just happened: on NFS, whoever still looks at what had the name is told
+/// that its handle is stale, once or a few times. Not for what may be done only once and can't be told to have been done.
+pub fn unless_stale<T>(mut what: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    for _ in 0..STALE_TRIES {
+        match what() {
+            Err(error) if error.kind() == io::ErrorKind::StaleNetworkFileHandle => {
+                std::thread::sleep(STALE_PAUSE);
+            }
+            other => return other,
+        }
+    }
+    what()
+}
 
 /// A file without its final name; removed on drop unless it was published.
 #[derive(Debug)]

@@ -22,7 +22,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::durable::{TEMP_PREFIX, sync_dir};
+use crate::durable::{TEMP_PREFIX, sync_dir, unless_stale};
 
 /// The directory beside the refs that has the file of who swaps one. No object has such a name.
 pub(super) const CLAIM_NAME: &str = ".swap";
@@ -111,6 +111,11 @@ pub(super) struct Claim {
 impl Claim {
     /// Writes the new content, durable, where it claims nothing yet.
     pub fn prepare(dir: &Path, body: &[u8]) -> io::Result<Claim> {
+        // Each time with a token of its own: what a try left goes with it.
+        unless_stale(|| Claim::prepare_once(dir, body))
+    }
+
+    fn prepare_once(dir: &Path, body: &[u8]) -> io::Result<Claim> {
         let token = token(Holder::Flock);
         let holding = dir.join(format!("{TEMP_PREFIX}{token}"));
         fs::create_dir(&holding)?;
@@ -130,7 +135,7 @@ impl Claim {
         let place = self.dir.join(CLAIM_NAME);
         let mut patience = Patience::new(expiry, Instant::now());
         loop {
-            match fs::rename(&self.holding, &place) {
+            match unless_stale(|| fs::rename(&self.holding, &place)) {
                 Ok(()) => {
                     self.holding = place;
                     return Ok(true);
@@ -138,7 +143,7 @@ impl Claim {
                 Err(error) if !is_held(&error) => return Err(error),
                 Err(_) => {}
             }
-            let holders = holders(&place)?;
+            let holders = unless_stale(|| holders(&place))?;
             let left_by_the_dead = !holders.is_empty() && holders.iter().all(|token| is_of_flock(token));
             match patience.judge(&holders, Instant::now()) {
                 _ if left_by_the_dead => end(&place, &holders)?,
@@ -151,8 +156,9 @@ impl Claim {
 
     /// Swaps: the content becomes `target`, durable, and the claim ends. `Ok(false)` where someone ended it before, and nothing was changed.
     pub fn publish(self, target: &Path) -> io::Result<bool> {
-        match fs::rename(self.file(), target) {
-            Ok(()) => sync_dir(&self.dir).map(|()| true),
+        // Again is no danger: the token has one file, and once it is the target it is not there.
+        match unless_stale(|| fs::rename(self.file(), target)) {
+            Ok(()) => unless_stale(|| sync_dir(&self.dir)).map(|()| true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(error),
         }
@@ -187,7 +193,7 @@ fn holders(place: &Path) -> io::Result<Vec<String>> {
 
 fn end(place: &Path, holders: &[String]) -> io::Result<()> {
     for token in holders {
-        match fs::remove_file(place.join(token)) {
+        match unless_stale(|| fs::remove_file(place.join(token))) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }

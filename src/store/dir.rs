@@ -22,7 +22,7 @@ use tokio::sync::Semaphore;
 
 use super::claim::{CLAIM_EXPIRY, Claim};
 use super::{Etag, Key, KeyPrefix, Listed, MAX_WHOLE_OBJECT, Page, Store, StoreError, Upload};
-use crate::durable::{self, TempFile};
+use crate::durable::{self, TempFile, unless_stale};
 
 /// Blocking calls under way at once, of one store.
 pub const MAX_BLOCKING: usize = 32;
@@ -109,6 +109,13 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
+/// Opens a file for reading; tells its length.
+fn open(path: &Path) -> io::Result<(File, u64)> {
+    let file = File::open(path)?;
+    let meta = file.metadata()?;
+    if meta.is_file() { Ok((file, meta.len())) } else { Err(io::ErrorKind::IsADirectory.into()) }
+}
+
 impl Inner {
     fn describe(&self) -> String {
         self.root.display().to_string()
@@ -149,34 +156,32 @@ impl Inner {
     /// Opens an object for reading; tells its length.
     fn open(&self, key: &Key) -> Result<(File, u64), StoreError> {
         let path = self.path(key);
-        let open = || {
-            let file = File::open(&path)?;
-            let meta = file.metadata()?;
-            if meta.is_file() { Ok((file, meta.len())) } else { Err(io::ErrorKind::IsADirectory.into()) }
-        };
-        open().map_err(|error| self.read_error(key, &path, error))
+        unless_stale(|| open(&path)).map_err(|error| self.read_error(key, &path, error))
     }
 
     fn read_whole(&self, key: &Key) -> Result<Vec<u8>, StoreError> {
-        let (file, len) = self.open(key)?;
         let too_long = |len| StoreError::TooLong {
             store: self.describe(),
             key: key.clone(),
             len,
             max: MAX_WHOLE_OBJECT,
         };
-        if len > MAX_WHOLE_OBJECT {
-            return Err(too_long(len));
+        let path = self.path(key);
+        // Opened again where it was replaced while it was read.
+        let read = || {
+            let (file, len) = open(&path)?;
+            let mut body = Vec::with_capacity(len.min(MAX_WHOLE_OBJECT) as usize);
+            if len <= MAX_WHOLE_OBJECT {
+                // The length is a hint: a file may grow on a foreign machine after we asked, and is bounded all the same.
+                file.take(MAX_WHOLE_OBJECT + 1).read_to_end(&mut body)?;
+            }
+            Ok((len, body))
+        };
+        let (len, body) = unless_stale(read).map_err(|error| self.read_error(key, &path, error))?;
+        match len.max(body.len() as u64) {
+            len if len > MAX_WHOLE_OBJECT => Err(too_long(len)),
+            _ => Ok(body),
         }
-        let mut body = Vec::with_capacity(len as usize);
-        // The length is a hint: a file may grow on a foreign machine after we asked, and is bounded all the same.
-        file.take(MAX_WHOLE_OBJECT + 1)
-            .read_to_end(&mut body)
-            .map_err(|error| self.read_error(key, &self.path(key), error))?;
-        if body.len() as u64 > MAX_WHOLE_OBJECT {
-            return Err(too_long(body.len() as u64));
-        }
-        Ok(body)
     }
 
     /// Makes the directory of an object, durable up to the root's own name.

@@ -96,6 +96,17 @@ impl RepositoryUrl {
     }
 }
 
+/// The same place in words that mean it from any current directory: for who keeps a URL.
+pub fn lasting(url: &str) -> Result<String, UrlError> {
+    match url.parse()? {
+        RepositoryUrl::Dir(path) if path.is_relative() => {
+            let absolute = std::path::absolute(path).ok().and_then(|path| path.to_str().map(str::to_owned));
+            Ok(absolute.unwrap_or_else(|| url.to_owned()))
+        }
+        _ => Ok(url.to_owned()),
+    }
+}
+
 /// The store that a URL names. Touches nothing yet.
 pub fn open(url: &str) -> Result<Arc<dyn Store>, UrlError> {
     Ok(url.parse::<RepositoryUrl>()?.open())

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use horcrux::cache::{Cache, CacheError, CacheOptions};
 use horcrux::nbd::{Endpoint, Export, Listener, ServeError, Server, ServerOptions};
 use horcrux::repo::{ImageName, Reference, RepoError, Repository};
-use horcrux::store::{MirrorStore, RepositoryUrl, RetryOptions, RetryStore, Store, UrlError};
+use horcrux::store::{self, MirrorStore, RepositoryUrl, RetryOptions, RetryStore, Store, UrlError};
 use horcrux::units::ByteLen;
 use horcrux::volume::{Prefetch, Source, StateDir, Volume, VolumeError, VolumeRecord, default_state_dir};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
@@ -155,9 +155,10 @@ async fn serve(args: Args) -> Result<(), Error> {
     let (cache_dir, options) = (state.cache_dir(), CacheOptions::new(args.cache_size));
     let opening = move || Cache::open(&cache_dir, options);
     let cache = tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
+    let access = store::url::lasting(&args.access[0])?;
     let mut volumes = Vec::new();
     for name in args.names {
-        let source = Source { access: args.access[0].clone(), image: name.image, reference: name.reference };
+        let source = Source { access: access.clone(), image: name.image, reference: name.reference };
         let volume = Volume::open(&state, &cache, &repository, &source, args.read_only).await?;
         volumes.push(Arc::new(volume));
     }

@@ -1,7 +1,8 @@
 //! What ~/.ssh/config and /etc/ssh/ssh_config say of a host: the keys that a client of SFTP needs, as ssh_config(5) has them.
 //!
 //! Enters: the files. Leaves: a [`HostConfig`]; other keys are passed over. Known are `Host` with its patterns, `Match all`, `Match host`,
-//! `Match originalhost`, and `Include`. Invariant: what would lead the connection elsewhere and is not supported (a proxy) is reported, not dropped.
+//! `Match originalhost`, and `Include`. Invariant: what would lead the connection elsewhere (a proxy) or refuse a host (revoked keys) and is not supported is
+//! reported, not dropped.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -132,6 +133,10 @@ impl Reader<'_> {
             }
             "proxyjump" => _ = found.proxy.get_or_insert(proxy("ProxyJump")),
             "proxycommand" => _ = found.proxy.get_or_insert(proxy("ProxyCommand")),
+            "revokedhostkeys" if value.eq_ignore_ascii_case("none") => {}
+            "revokedhostkeys" => {
+                return Err("RevokedHostKeys is not supported: a key that was revoked would be taken".into());
+            }
             _ => {}
         }
         Ok(())
@@ -345,6 +350,7 @@ mod tests {
             ("User \"x\n", "config:1: a quote"),
             ("User\n", "config:1: user has no value"),
             ("ConnectTimeout never\n", "config:1: ConnectTimeout"),
+            ("Host *\n RevokedHostKeys /etc/ssh/revoked\n", "config:2: RevokedHostKeys is not supported"),
             ("Include config\n", "too deeply"),
             ("IdentityFile %q\n", "'%q'"),
         ] {
