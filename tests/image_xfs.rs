@@ -11,12 +11,12 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use harness::need;
+use harness::{Tmpfs, cli, need};
 use horcrux::image::{
-    FileSink, FsKind, ImageError, ImageOptions, Progress, Summary, image_from_dir, image_from_file,
+    FileSink, FsKind, ImageError, ImageOptions, Phase, Progress, Summary, image_from_dir, image_from_file,
 };
 use horcrux::units::ByteLen;
-use support::{Fixture, Listing, Mount, assert_same, fsck_xfs, noise, root, run};
+use support::{Fixture, Listing, Mount, assert_same, fsck_xfs, meddled_with, noise, root, run};
 
 fn options(scratch: &Path) -> ImageOptions {
     ImageOptions { fs: FsKind::Xfs, ..ImageOptions::new("AMCC", scratch) }
@@ -90,6 +90,109 @@ fn a_directory_too_big_for_the_size_is_refused_and_leaves_nothing_mounted() {
         assert!(matches!(error, ImageError::TooBig { .. }), "{size}: {error}");
         assert_nothing_left(&scratch);
     }
+}
+
+/// The kernel takes what is written and finds out later that the scratch file's disk is full: that must not become zeros in an image.
+#[test]
+fn a_full_scratch_disk_is_an_error_and_no_image() {
+    let Some(scratch) = Tmpfs::mount(160) else { return };
+    if !need(&["mkfs.xfs"]) {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let [source, image] = ["source", "image"].map(|name| temp.path().join(name));
+    fs::create_dir(&source).unwrap();
+    // Far over it; over it by what the kernel writes last; and by the filesystem's own blocks alone.
+    for mib in [250, 150, 120] {
+        fs::write(source.join("file"), noise(mib << 20, 1)).unwrap();
+        match make(&source, &image, &options(scratch.path())) {
+            Err(ImageError::Scratch { source, .. }) => {
+                assert_eq!(source.kind(), std::io::ErrorKind::StorageFull, "{mib} MiB");
+            }
+            other => panic!("{mib} MiB: {other:?}"),
+        }
+        assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
+    }
+    // And through the command: what to do about it, and nothing is stored.
+    let repo = temp.path().join("repo");
+    let mut command = cli();
+    command.args(["image-from-dir", "--fs", "xfs", "--scratch-dir"]).arg(scratch.path());
+    let said = harness::run(command.arg("disk").arg(&source).arg(&repo)).refused();
+    let expected =
+        format!("error: scratch file in {}: cannot write it: No space left", scratch.path().display());
+    assert!(said.starts_with(&expected), "{said}");
+    assert!(
+        said.contains("\nhint: --scratch-dir names a place with more space; nothing was stored"),
+        "{said}"
+    );
+    assert!(!repo.join("images").exists());
+    // With enough of it, all of it is there.
+    fs::write(source.join("file"), noise(40 << 20, 1)).unwrap();
+    make(&source, &image, &options(scratch.path())).unwrap();
+    fsck_xfs(&image);
+    let mount = Mount::new(&image, "ro,nouuid");
+    assert_same(Listing::default(), &source, mount.path());
+}
+
+/// "." and "/" are not stepped onto when they are mounted over: what was meant for the image would land in the directory itself.
+#[test]
+fn the_scratch_directory_may_be_the_current_one_but_not_the_root() {
+    if !root("for an XFS image") || !need(&["mkfs.xfs", "nbdcopy"]) {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let [source, repo, scratch] = ["source", "repo", "scratch"].map(|name| temp.path().join(name));
+    fs::create_dir(&source).unwrap();
+    fs::create_dir(&scratch).unwrap();
+    fs::write(source.join("file"), "content").unwrap();
+    let make = |scratch_dir: &str| {
+        let mut command = cli();
+        command.args(["image-from-dir", "--fs", "xfs", "--scratch-dir", scratch_dir, "disk"]);
+        harness::run(command.arg(&source).arg(&repo).current_dir(&scratch))
+    };
+    let said = make("/").refused();
+    assert!(said.contains("nothing can be mounted on the root; choose a directory below it"), "{said}");
+    assert!(!Path::new("/file").exists());
+    make(".").ok();
+    assert_nothing_left(&scratch);
+    let server = harness::Serve::new(&repo, &temp.path().join("state")).name("disk").start();
+    let copy = temp.path().join("copy");
+    run(Command::new("nbdcopy").arg(server.uri("disk")).arg(&copy));
+    server.stop();
+    let mount = Mount::new(&copy, "ro,nouuid,norecovery");
+    assert_same(Listing::default(), &source, mount.path());
+}
+
+#[test]
+fn a_file_that_vanishes_or_changes_while_the_kernel_is_given_it_is_named() {
+    if !root("for an XFS image") || !need(&["mkfs.xfs"]) {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let [source, image, scratch] = ["source", "image", "scratch"].map(|name| temp.path().join(name));
+    fs::create_dir(&scratch).unwrap();
+    let error = meddled_with(
+        &source,
+        Phase::Read,
+        |victim| fs::remove_file(victim).unwrap(),
+        |progress| {
+            image_from_dir(&source, &options(&scratch), &mut FileSink::create(&image).unwrap(), progress)
+        },
+    );
+    assert!(matches!(&error, ImageError::Vanished { path } if path.ends_with("z")), "{error}");
+    let error = meddled_with(
+        &source,
+        Phase::Read,
+        |victim| fs::write(victim, "longer").unwrap(),
+        |progress| {
+            image_from_dir(&source, &options(&scratch), &mut FileSink::create(&image).unwrap(), progress)
+        },
+    );
+    assert!(
+        matches!(&error, ImageError::Changed { path, what: "it grew" } if path.ends_with("z")),
+        "{error}"
+    );
+    assert_nothing_left(&scratch);
 }
 
 #[test]

@@ -29,15 +29,19 @@ pub(crate) fn open_quietly(
     }
 }
 
+/// As the server of a network filesystem knows it, not as it was remembered here.
+pub(crate) const FRESH: AtFlags = AtFlags::STATX_FORCE_SYNC;
+
 /// What of `name` is compared before and after.
 pub(crate) fn stamp_at(dir: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Result<Stamp> {
-    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | FRESH;
     rustix::fs::statx(dir, name, flags, StatxFlags::BASIC_STATS).map(|stat| Stamp::of(&stat))
 }
 
 /// What of an open file is compared before and after.
 pub(crate) fn stamp_of(fd: BorrowedFd<'_>) -> rustix::io::Result<Stamp> {
-    rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS).map(|stat| Stamp::of(&stat))
+    rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH | FRESH, StatxFlags::BASIC_STATS)
+        .map(|stat| Stamp::of(&stat))
 }
 
 /// The directories on the way to the one opened last.

@@ -149,6 +149,14 @@ pub enum ImageError {
         /// The system's answer.
         source: io::Error,
     },
+    /// The kernel did not mount the image.
+    #[error("cannot {what}: {source}; hint: 'modprobe xfs', or see what the kernel's log says")]
+    Mount {
+        /// What was refused.
+        what: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
     /// No loop device could be had.
     #[error("cannot {what}: no usable loop device ({source})")]
     NoLoopDevice {

@@ -65,9 +65,15 @@ impl PrivateMount {
         let refused = |what| {
             move |source: Errno| match source {
                 Errno::PERM | Errno::ACCESS => ImageError::NeedsRoot { what, source: source.into() },
-                other => ImageError::NoLoopDevice { what, source: other.into() },
+                other => ImageError::Mount { what, source: other.into() },
             }
         };
+        // "." and "/" are looked up without stepping onto what is mounted there.
+        let at = at.canonicalize().map_err(ImageError::scratch("find its directory", at))?;
+        if at.parent().is_none() {
+            let source = io::Error::other("nothing can be mounted on the root; choose a directory below it");
+            return Err(ImageError::scratch("mount it", &at)(source));
+        }
         // SAFETY: only FILES would make descriptors mean different things in different threads; NEWNS and FS give
         // this thread mounts, a root and a working directory of its own.
         unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }
@@ -75,10 +81,17 @@ impl PrivateMount {
         // Without this, a shared root would pass the mount on to the machine.
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         rustix::mount::mount_change("/", private).map_err(refused("make mounts private"))?;
-        let (device, _open) = attach(file)?;
+        let (device, open) = attach(file)?;
         let flags = MountFlags::NOATIME | MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
-        rustix::mount::mount(&device, at, fs, flags, options).map_err(refused("mount the image"))?;
-        Ok(PrivateMount { at: at.to_path_buf(), mounted: true, _this_thread: std::marker::PhantomData })
+        rustix::mount::mount(&device, &at, fs, flags, options).map_err(refused("mount the image"))?;
+        let mount = PrivateMount { at, mounted: true, _this_thread: std::marker::PhantomData };
+        // Whatever is written goes where this leads: it must be the image and nothing else.
+        let top = mount.open().and_then(rustix::fs::fstat).map_err(refused("open the mounted image"))?;
+        let disk = rustix::fs::fstat(&open).map_err(refused("look at the loop device"))?;
+        match top.st_dev == disk.st_rdev {
+            true => Ok(mount),
+            false => Err(refused("find the mounted image")(Errno::XDEV)),
+        }
     }
 
     /// The mounted filesystem's top directory.

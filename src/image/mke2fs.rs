@@ -19,7 +19,7 @@ use super::note::{Mke2fsReason, NoteKind, Notes};
 use super::progress::{Phase, Progress};
 use super::scan::Scan;
 use super::sink::{ImageSink, Stream};
-use super::tool::{Tool, path_of_open, scratch_file};
+use super::tool::{Tool, or_full, path_of_open, scratch_file};
 use super::tree::{BLOCK, Entry, EntryId, Kind, ROOT, Tree};
 use super::xattrs::Ext4Room;
 use super::{ImageOptions, raw, reader};
@@ -66,7 +66,7 @@ pub(crate) fn emit(
     }
     let time = epoch(tree).to_string();
     let why = format!("for {reason}");
-    MKE2FS.run(
+    let made = MKE2FS.run(
         &why,
         |command| {
             // The machine's configuration must not change the bytes; so no -t either, which would look it up.
@@ -81,7 +81,17 @@ pub(crate) fn emit(
             command.arg((plan.filesystem.value() / BLOCK).to_string());
         },
         progress,
-    )?;
+    );
+    if let Err(error) = made {
+        // What it stumbled over may be that the directory is not what it was.
+        return match error {
+            ImageError::ToolFailed { .. } => {
+                reader::check_unchanged(tree, scan.root, progress)?;
+                Err(or_full(error, dir))
+            }
+            other => Err(other),
+        };
+    }
     if big_values {
         // mke2fs 1.47.0 forgets the blocks of big values in the count of their owner's.
         let fix = |command: &mut std::process::Command| {
@@ -91,7 +101,7 @@ pub(crate) fn emit(
                 .env("E2FSCK_CONFIG", "/dev/null");
             command.args(["-f", "-y"]).arg(path_of_open(&file));
         };
-        E2FSCK.run(&why, fix, progress)?;
+        E2FSCK.run(&why, fix, progress).map_err(|error| or_full(error, dir))?;
     }
     reader::check_unchanged(tree, scan.root, progress)?;
     progress.read(progress.bytes_total().value());

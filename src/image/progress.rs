@@ -79,7 +79,8 @@ impl Progress {
         self.cancelled.store(true, Relaxed);
     }
 
-    pub(crate) fn is_cancelled(&self) -> bool {
+    /// Whether it was asked to stop.
+    pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Relaxed)
     }
 

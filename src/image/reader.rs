@@ -236,11 +236,17 @@ impl Packer {
 /// Compares every entry with what the scan saw, for contents that somebody else read.
 pub(crate) fn check_unchanged(tree: &Tree, root: OwnedFd, progress: &Progress) -> Result<(), ImageError> {
     let mut dirs = Dirs::new(root);
-    for (id, entry) in tree.iter().filter(|(_, entry)| !matches!(entry.kind, Kind::HardLink { .. })) {
+    // Files before directories: that a file is gone says more than that its directory changed.
+    for (id, entry) in
+        tree.iter().filter(|(_, entry)| !matches!(entry.kind, Kind::HardLink { .. } | Kind::Dir))
+    {
         unchanged(tree, &mut dirs, id)?;
         if entry.has_data() {
             progress.file_done();
         }
+    }
+    for (id, _) in tree.iter().filter(|(_, entry)| matches!(entry.kind, Kind::Dir)) {
+        unchanged(tree, &mut dirs, id)?;
     }
     Ok(())
 }

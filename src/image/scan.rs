@@ -16,7 +16,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::dirs::{Dirs, open_quietly};
+use super::dirs::{Dirs, FRESH, open_quietly};
 use super::error::{ImageError, UNREADABLE_NAMED_MAX};
 use super::note::{NoteKind, Notes};
 use super::progress::Progress;
@@ -59,6 +59,8 @@ pub(crate) fn scan(
         .filter_map(|path| rustix::fs::stat(path.as_ref()).ok())
         .map(|stat| (stat.st_dev, stat.st_ino))
         .collect();
+    // A page that is clean tells of the next store into it, through a mapping too: it moves the file's time. Best effort.
+    let _ = rustix::fs::syncfs(&root);
     let mut walk = Walk {
         tree: Tree::new(dir.to_path_buf()),
         linked: HashMap::new(),
@@ -162,7 +164,7 @@ impl Walk<'_> {
 
     /// Records one name of a directory.
     fn one(&mut self, fd: BorrowedFd<'_>, dir: EntryId, name: &CStr) -> Result<(), ImageError> {
-        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | FRESH;
         let stat = match rustix::fs::statx(fd, name, flags, StatxFlags::BASIC_STATS) {
             Ok(stat) => stat,
             Err(Errno::ACCESS) => {
@@ -179,7 +181,19 @@ impl Walk<'_> {
         let kind = FileType::from_raw_mode(stat.stx_mode.into());
         let several_names = stat.stx_nlink > 1 && kind != FileType::Directory;
         if several_names && let Some(&to) = self.linked.get(&(stamp.dev, stamp.ino)) {
-            self.push(Entry::new(dir, &stat, Kind::HardLink { to }), name)?;
+            let entry = Entry::new(dir, &stat, Kind::HardLink { to });
+            let first = self.tree.entry(to);
+            if (&entry.stamp, entry.mode, entry.uid, entry.gid)
+                != (&first.stamp, first.mode, first.uid, first.gid)
+            {
+                // Some filesystems number files of several volumes alike; one of the two would be lost.
+                let path = self.child_path(dir, name);
+                return Err(ImageError::Changed {
+                    path,
+                    what: "it has the inode number of another file, or was written",
+                });
+            }
+            self.push(entry, name)?;
             return Ok(());
         }
         let kind = match kind {

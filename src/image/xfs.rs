@@ -1,13 +1,13 @@
 //! An XFS image: made by mkfs.xfs, filled by the kernel through a loop mount, streamed from a scratch file.
 //!
 //! Enters: a scanned tree. Leaves: the image. Needs root. Invariant: contents come from the same reader as for ext4, so
-//! a file that changes meanwhile is an error here as well; nothing stays mounted or linked on any way out.
+//! a file that changes meanwhile is an error here as well; what the kernel could not write into the scratch file is an
+//! error and no hole; nothing stays mounted or linked on any way out.
 //!
 //! The kernel stamps change and birth times, so two images of one directory differ in those and in the log.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
@@ -22,7 +22,7 @@ use super::progress::{Phase, Progress};
 use super::reader::{self, Blocks};
 use super::scan::Scan;
 use super::sink::{ImageSink, Stream};
-use super::tool::{Tool, path_of_open, scratch_file};
+use super::tool::{Tool, check_not_full, or_full, path_of_open, reserve, scratch_file};
 use super::tree::{BLOCK, Entry, EntryId, Kind, ROOT, Tree};
 use super::xattrs::XattrWriter;
 use super::{ImageOptions, raw};
@@ -37,6 +37,8 @@ const DEVICE_MIN: u64 = 300 * MIB;
 const FIXED: u64 = 192 * MIB;
 /// An inode, its share of inode chunks and trees, and of a directory.
 const PER_ENTRY: u64 = 1024;
+/// What unmounting may write besides.
+const RESERVED: u64 = 16 * MIB;
 /// XFS_SYMLINK_MAXLEN without its NUL (fs/xfs/libxfs/xfs_format.h).
 const TARGET_MAX: usize = 1023;
 /// The last second of XFS's big timestamps, in 2486 (fs/xfs/libxfs/xfs_format.h).
@@ -74,21 +76,26 @@ pub(crate) fn emit(
             command.arg(path_of_open(&file));
         },
         progress,
-    )?;
+    )
+    .map_err(|error| or_full(error, dir))?;
+    // What unmounting writes, after the last moment at which the kernel tells of errors, has its space.
+    let kept_back = reserve(dir, scan.tree.entries.len() as u64 * PER_ENTRY + RESERVED)?;
 
     progress.enter(Phase::Read);
     let filled = std::thread::scope(|scope| {
         let blocks = reader::start(scope, &scan.tree, scan.root, progress);
-        let fill = || fill(&file, dir, &scan.tree, options, blocks, notes);
+        let fill = || fill(&file, &kept_back, &scan.tree, options, blocks, notes);
         // A thread of its own, because a mount namespace is a thread's for the rest of its life.
         scope.spawn(fill).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
-    match filled {
+    match filled.map_err(|error| or_full(error, dir)) {
         Err(ImageError::Io { source, .. }) if source.raw_os_error() == Some(libc::ENOSPC) => {
             return Err(too_big());
         }
         other => other?,
     }
+    file.sync_all().map_err(ImageError::scratch("write it", dir))?;
+    check_not_full(dir)?;
 
     let mut stream = Stream::begin(sink, device)?;
     let failed = |error| ImageError::scratch("read it", dir)(error);
@@ -128,12 +135,13 @@ fn default_size(tree: &Tree) -> ByteLen {
 
 fn fill(
     file: &File,
-    at: &Path,
+    kept_back: &File,
     tree: &Tree,
     options: &ImageOptions,
     blocks: Blocks,
     notes: &mut Notes,
 ) -> Result<(), ImageError> {
+    let at = &options.scratch_dir;
     // Over the scratch directory itself: it is there, and only this thread sees what is mounted on it.
     // nouuid: an older image of the same name, so with the same UUID, may well be mounted on this machine.
     let mount = PrivateMount::new(file, at, "xfs", c"nouuid")?;
@@ -141,10 +149,15 @@ fn fill(
         |what| move |source: Errno| ImageError::Io { what, path: at.to_path_buf(), source: source.into() };
     {
         let root = mount.open().map_err(failed("open the mounted image"))?;
+        // Opened before anything is written: it is told of every write that failed since.
+        let watch = mount.open().map_err(failed("open the mounted image"))?;
         let mut copy =
             Copy { tree, options, dirs: Dirs::unchecked(root), blocks, xattrs: XattrWriter::new(), notes };
         copy.all()?;
         copy.blocks.finish()?;
+        let unwritten = |source: Errno| ImageError::scratch("write it", at)(source.into());
+        rustix::fs::syncfs(&watch).map_err(unwritten)?;
+        kept_back.set_len(0).map_err(ImageError::scratch("make room in it", at))?;
     }
     mount.unmount().map_err(failed("unmount the image"))
 }

@@ -14,6 +14,8 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, symli
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use horcrux::image::{ImageError, Phase, Progress, Summary};
+
 use crate::harness;
 
 /// Runs a command and returns what it printed; its failure is the test's.
@@ -180,6 +182,31 @@ pub fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut out = vec![0; len];
     blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut out);
     out
+}
+
+/// Makes an image of a directory with a long file and then `z`, which `meddle` gets as soon as the image is in `phase`; the error that must come of it.
+pub fn meddled_with(
+    source: &Path,
+    phase: Phase,
+    meddle: impl Fn(&Path),
+    make: impl Fn(&Progress) -> Result<Summary, ImageError> + Sync,
+) -> ImageError {
+    let _ = fs::remove_dir_all(source);
+    fs::create_dir(source).unwrap();
+    // Long enough to be at it still when the meddler comes.
+    fs::write(source.join("a"), noise(300 << 20, 1)).unwrap();
+    let victim = source.join("z");
+    fs::write(&victim, "short").unwrap();
+    let progress = Progress::new();
+    std::thread::scope(|scope| {
+        let making = scope.spawn(|| make(&progress));
+        while progress.phase() != phase {
+            assert!(!making.is_finished(), "it ended before {phase:?}");
+            std::hint::spin_loop();
+        }
+        meddle(&victim);
+        making.join().unwrap().unwrap_err()
+    })
 }
 
 /// How to list a tree.
