@@ -109,6 +109,28 @@ fn data_that_moved_by_whole_chunks_is_stored_once() {
 }
 
 #[test]
+fn what_comes_back_after_versions_without_it_is_stored_once() {
+    let runtime = runtime();
+    let repo = create(&runtime, Arc::new(MemStore::new()));
+    let mut rng = StdRng::seed_from_u64(10);
+    let mut bytes = noise(&mut rng, 3 << 20);
+    let kept = bytes[65_536..3 * 65_536].to_vec();
+    let store = |bytes: &[u8]| {
+        write(&runtime, &repo, &image("a"), bytes, small_params(bytes.len())).unwrap().stats.new_bytes
+    };
+    store(&bytes);
+    for _ in 0..5 {
+        bytes[65_536..3 * 65_536].copy_from_slice(&noise(&mut rng, 2 * 65_536));
+        assert_eq!(store(&bytes), 2 * 65_536);
+    }
+    // Elsewhere than it was, so that no table of then can be named again.
+    bytes[20 * 65_536..22 * 65_536].copy_from_slice(&kept);
+    assert_eq!(store(&bytes), 0, "of six versions before");
+    let version = runtime.block_on(open(&repo, &image("a"), "main")).unwrap();
+    assert!(runtime.block_on(read_all(&version)).unwrap() == bytes);
+}
+
+#[test]
 fn one_changed_chunk_stores_one_chunk_and_one_node_per_level() {
     let runtime = runtime();
     let repo = create(&runtime, Arc::new(MemStore::new()));

@@ -2,11 +2,14 @@
 //!
 //! Enters: a key and a hash. Leaves: the decoded object. Invariant: bytes of a cache are trusted no more than bytes of a store.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 use super::RepoError;
 use crate::format::FormatError;
@@ -36,6 +39,36 @@ impl MetaCache for NoMetaCache {
     }
 
     fn put(&self, _hash: &[u8; 32], _bytes: &[u8]) {}
+}
+
+/// Remembers some metadata in memory, for who reads several versions after each other: what they share is fetched once.
+#[derive(Default)]
+pub(super) struct MemMetaCache {
+    held: Mutex<HashMap<[u8; 32], Bytes>>,
+    len: AtomicUsize,
+}
+
+impl MemMetaCache {
+    /// It takes no more than this.
+    const MOST: usize = 64 << 20;
+}
+
+impl fmt::Debug for MemMetaCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("MemMetaCache")
+    }
+}
+
+impl MetaCache for MemMetaCache {
+    fn get(&self, hash: &[u8; 32]) -> Option<Bytes> {
+        self.held.lock().get(hash).cloned()
+    }
+
+    fn put(&self, hash: &[u8; 32], bytes: &[u8]) {
+        if self.len.fetch_add(bytes.len(), Ordering::Relaxed) + bytes.len() <= Self::MOST {
+            self.held.lock().insert(*hash, Bytes::copy_from_slice(bytes));
+        }
+    }
 }
 
 /// Reads verified metadata.
