@@ -258,6 +258,55 @@ fn damage(kind: &str, good: &[u8]) -> Vec<u8> {
 }
 
 #[test]
+fn a_read_over_a_damaged_chunk_is_told_where_it_is() {
+    if !need(&["nbdsh"]) {
+        return;
+    }
+    let image = Image::of(noise(6, 2 * MIB));
+    let state = tempfile::tempdir().unwrap();
+    let server = Serve::new(&image.repo(), state.path()).name("disk").start();
+    // In the middle of the fourth of a block's eight chunks; noise is stored as it is, in order.
+    const CHUNK: usize = 128 << 10;
+    let mut damaged = None;
+    for path in image.objects("blocks") {
+        let good = fs::read(&path).unwrap();
+        let mut bad = good.clone();
+        bad[3 * CHUNK + CHUNK / 2] ^= 1;
+        fs::write(&path, &bad).unwrap();
+        let found = image.raw.windows(64).position(|window| window == &good[3 * CHUNK + CHUNK / 2..][..64]);
+        damaged = damaged.or(found.map(|at| at / CHUNK * CHUNK));
+        fs::write(&path, if damaged.is_some() { &bad } else { &good }).unwrap();
+        if damaged.is_some() {
+            break;
+        }
+    }
+    let damaged = damaged.expect("a block holds what the image holds") as u64;
+    let mut client = Client::open(&server, "disk");
+    let mut read = |at: u64, len: u64| client.call(Command::Read, at, len, CommandFlags::NONE, &[]).unwrap();
+    let start = damaged / MIB as u64 * MIB as u64;
+    for (at, len, expected) in [
+        (start, MIB as u64, Some(damaged)),
+        (damaged, 4096, Some(damaged)),
+        (damaged + 8192, 4096, Some(damaged + 8192)),
+        (damaged - 4096, 8192, Some(damaged)),
+        (start, damaged - start, None),
+    ] {
+        let answer = read(at, len);
+        assert_eq!(answer.result.is_err(), expected.is_some(), "{at}+{len}: {answer:?}");
+        assert_eq!(answer.failed_at, expected, "{at}+{len}");
+    }
+    client.disconnect();
+    // A client of others' making keeps in step.
+    let script = format!(
+        "h.connect_uri({:?})\ntry:\n h.pread({MIB}, {start})\n print('read')\nexcept nbd.Error as e:\n print(e.errno)\nprint(len(h.pread(4096, {start})))\n",
+        server.uri("disk")
+    );
+    let said = run(harness::nbdsh().args(["-c", &script])).ok();
+    assert_eq!(said.split_whitespace().collect::<Vec<_>>(), ["EIO", "4096"]);
+    server.stop();
+}
+
+#[test]
 fn a_damaged_object_is_named_and_never_served() {
     let image = Image::of(noise(3, 4 * MIB));
     let other = image.dir().join("other");
@@ -416,6 +465,84 @@ fn a_full_disk_under_the_delta_is_told_and_loses_nothing() {
     let mut client = Client::open(&server, "disk");
     assert_eq!(client.read(30 * MIB as u64, PAGE).unwrap(), [4; PAGE]);
     assert_eq!(client.read(0, 64 << 10).unwrap(), [1; 64 << 10]);
+    client.disconnect();
+    server.stop();
+}
+
+#[test]
+fn a_flush_that_finds_no_space_is_told_and_succeeds_when_there_is_some() {
+    let Some(disk) = Tmpfs::mount(24) else { return };
+    let image = Image::of(noise(1, 16 * MIB));
+    let state = disk.path().join("state");
+    let serve = || Serve::new(&image.repo(), &state).name("disk").arg("--cache-size").arg("16M");
+    let mut server = serve().start();
+    let mut client = Client::open(&server, "disk");
+    // Scattered, so that each page is a record of its own in the map's log, which has no space to grow.
+    let pages: Vec<u64> = (0..1500).map(|page| (page * 2 * PAGE) as u64).collect();
+    for at in &pages {
+        client.write(*at, &[7; PAGE]).unwrap();
+    }
+    let filler = disk.fill(0);
+    for _ in 0..2 {
+        assert_eq!(client.flush(), Err(Errno::NoSpc));
+    }
+    assert_eq!(client.read(pages[9], PAGE).unwrap(), [7; PAGE], "what was acknowledged is still read");
+    fs::remove_file(filler).unwrap();
+    client.flush().unwrap();
+    server.kill();
+    let server = serve().start();
+    let mut client = Client::open(&server, "disk");
+    for at in &pages {
+        assert_eq!(client.read(*at, PAGE).unwrap(), [7; PAGE], "{at}");
+    }
+    client.disconnect();
+    server.stop();
+}
+
+/// The disk fails under the real server: strace answers its syncs with EIO.
+#[test]
+fn a_sync_that_fails_fails_the_flush_and_every_write_until_the_volume_is_opened_anew() {
+    if !need(&["strace"]) {
+        return;
+    }
+    let image = Image::of(noise(1, 4 * MIB));
+    let serve = || Serve::new(&image.repo(), &image.state()).name("disk");
+    let mut server = serve().start();
+    let mut client = Client::open(&server, "disk");
+    client.write(0, &[1; PAGE]).unwrap();
+    client.flush().unwrap();
+    let mut strace = Program::new("strace");
+    strace.args(["-f", "-p", &server.pid().to_string(), "-e", "trace=fsync,fdatasync"]);
+    strace.args(["-e", "inject=fsync,fdatasync:error=EIO"]);
+    let log = image.dir().join("strace");
+    let mut strace = strace.stderr(fs::File::create(&log).unwrap()).spawn().unwrap();
+    let attached = until(PATIENCE, || fs::read_to_string(&log).unwrap().contains(" attached"));
+    assert!(attached, "{}", fs::read_to_string(&log).unwrap());
+    client.write(PAGE as u64, &[2; PAGE]).unwrap();
+    let told = client.call(Command::Flush, 0, 0, NONE, &[]).unwrap();
+    assert_eq!(told.result, Err(Errno::Io), "{told:?}");
+    assert!(told.message.contains("sync"), "{}", told.message);
+    // It stays failed though the disk is well again: what the kernel dropped would be missing behind a flush that succeeds.
+    strace.kill().unwrap();
+    strace.wait().unwrap();
+    for _ in 0..2 {
+        assert_eq!(client.flush(), Err(Errno::Io));
+        assert_eq!(client.write(2 * PAGE as u64, &[3; PAGE]), Err(Errno::Io));
+        let fua = client.call(Command::Write, 0, PAGE as u64, CommandFlags::FUA, &[3; PAGE]).unwrap();
+        assert_eq!(fua.result, Err(Errno::Io));
+    }
+    assert_eq!(client.read(0, PAGE).unwrap(), [1; PAGE], "what is there is still read");
+    server.logs("request failed");
+    drop(client);
+    server.kill();
+
+    let server = serve().start();
+    let mut client = Client::open(&server, "disk");
+    assert_eq!(client.read(0, PAGE).unwrap(), [1; PAGE], "what was flushed");
+    let second = client.read(PAGE as u64, PAGE).unwrap();
+    assert!(second == [2; PAGE] || second == image.raw[PAGE..2 * PAGE], "neither the old nor the new");
+    client.write(2 * PAGE as u64, &[3; PAGE]).unwrap();
+    client.flush().unwrap();
     client.disconnect();
     server.stop();
 }

@@ -41,12 +41,28 @@ pub enum BaseError {
     Map {
         /// The block whose table was wanted.
         block: BlockIndex,
+        /// Where it starts.
+        at: ByteOffset,
         /// The reason.
         source: Arc<RepoError>,
     },
     /// A chunk could not be fetched.
-    #[error(transparent)]
-    Chunk(#[from] FetchError),
+    #[error("{source}")]
+    Chunk {
+        /// Where it starts.
+        at: ByteOffset,
+        /// The reason.
+        source: FetchError,
+    },
+}
+
+impl BaseError {
+    /// The first byte that can't be read.
+    pub fn at(&self) -> ByteOffset {
+        match self {
+            BaseError::Map { at, .. } | BaseError::Chunk { at, .. } => *at,
+        }
+    }
 }
 
 /// Where a chunk is.
@@ -227,7 +243,17 @@ impl Base {
     }
 
     async fn table(&self, block: BlockIndex) -> Result<Option<Arc<ChunkTable>>, BaseError> {
-        self.version.table(block).await.map_err(|source| BaseError::Map { block, source: Arc::new(source) })
+        self.version.table(block).await.map_err(self.no_map(block))
+    }
+
+    fn no_map(&self, block: BlockIndex) -> impl FnOnce(RepoError) -> BaseError + '_ {
+        let at = ByteOffset(block.0 * self.block_size.len().0);
+        move |source| BaseError::Map { block, at, source: Arc::new(source) }
+    }
+
+    fn no_chunk(&self, chunk: ChunkIndex) -> impl FnOnce(FetchError) -> BaseError + '_ {
+        let at = ByteOffset(chunk.0 * self.chunk_len);
+        move |source| BaseError::Chunk { at, source }
     }
 
     /// The table of the block a byte is in; the byte must be inside the commit.
@@ -243,7 +269,7 @@ impl Base {
         }
         let block = self.block_size.block_of(at);
         let next = self.version.next_block(block, BlockIndex(u64::MAX)).await;
-        match next.map_err(|source| BaseError::Map { block, source: Arc::new(source) })? {
+        match next.map_err(self.no_map(block))? {
             None => Ok(NEVER),
             Some((found, _)) if found == block => Ok(at),
             Some((found, _)) => Ok(ByteOffset(found.0 * self.block_size.len().0)),
@@ -326,7 +352,7 @@ impl Base {
         // Our own first: someone whose flight we wait for may be waiting for one of ours.
         self.fly(flights, fetched, purpose).await?;
         for (chunk, location, others) in pending {
-            match others.settle().await? {
+            match others.settle().await.map_err(self.no_chunk(chunk))? {
                 Settled::Ready(here) => fetched.push((chunk, Some(here))),
                 Settled::Missing(flight) => {
                     self.fly(vec![(chunk, location, flight)], fetched, purpose).await?;
@@ -343,7 +369,7 @@ impl Base {
         fetched: &mut Fetched,
     ) -> Result<(), BaseError> {
         for (chunk, here) in asleep {
-            match self.cache.reload(here).await? {
+            match self.cache.reload(here).await.map_err(self.no_chunk(chunk))? {
                 Settled::Ready(here) => fetched.push((chunk, Some(here))),
                 Settled::Missing(flight) => {
                     // Damaged on the disk; its id is the flight's.
@@ -372,16 +398,17 @@ impl Base {
         let mut tasks = Vec::with_capacity(flights.len().div_ceil(share));
         while !flights.is_empty() {
             let rest = flights.split_off(flights.len().min(share));
-            let first = flights[0].1.id;
+            let first = (flights[0].0, flights[0].1.id);
             let fly =
                 fly_together(self.version.clone(), self.cache.clone(), self.chunk_len, flights, purpose);
             // A task of its own: if our client goes away, others still get what they wait for.
             tasks.push((first, tokio::spawn(fly)));
             flights = rest;
         }
-        for (first, task) in tasks {
-            for chunk in task.await.map_err(|_| FetchError::BrokenOff { id: first })? {
-                fetched.push(chunk?);
+        for ((first, id), task) in tasks {
+            let broken_off = |_| self.no_chunk(first)(FetchError::BrokenOff { id });
+            for (chunk, here) in task.await.map_err(broken_off)? {
+                fetched.push((chunk, Some(here.map_err(self.no_chunk(chunk))?)));
             }
         }
         Ok(())
@@ -453,18 +480,21 @@ async fn fly_together(
     chunk_len: u64,
     flights: Vec<(ChunkIndex, ChunkLocation, Flight)>,
     purpose: Purpose,
-) -> Vec<Result<(ChunkIndex, Option<ChunkRef>), FetchError>> {
+) -> Vec<(ChunkIndex, Result<ChunkRef, FetchError>)> {
     // Held until they have landed: chunks under way count like chunks that wait for the disk.
     let mut room = cache.room(ByteLen(flights.len() as u64 * chunk_len)).await;
     let locations: Vec<ChunkLocation> = flights.iter().map(|(_, location, _)| *location).collect();
     let answers = version.fetch(&locations).await;
-    let landed = flights.into_iter().zip(answers).map(|((chunk, location, flight), answer)| match answer {
-        Ok(content) => flight.fulfil_in(&mut room, content).map(|here| (chunk, Some(here))),
-        // The flight is let go, not failed: whoever waits for it fetches it again, with all the time a read has.
-        Err(error) if purpose == Purpose::Early => {
-            Err(FetchError::Fetch { id: location.id, source: Arc::new(error) })
-        }
-        Err(error) => Err(flight.fail(error)),
+    let landed = flights.into_iter().zip(answers).map(|((chunk, location, flight), answer)| {
+        let here = match answer {
+            Ok(content) => flight.fulfil_in(&mut room, content),
+            // The flight is let go, not failed: whoever waits for it fetches it again, with all the time a read has.
+            Err(error) if purpose == Purpose::Early => {
+                Err(FetchError::Fetch { id: location.id, source: Arc::new(error) })
+            }
+            Err(error) => Err(flight.fail(error)),
+        };
+        (chunk, here)
     });
     // All of them, before the first error is told: the others' waiters must not wait for ours.
     landed.collect()

@@ -1,7 +1,7 @@
 //! What came of a request, and how it is said on the wire: the one place that maps errors to the protocol's.
 
 use nbd_proto::server::Replies;
-use nbd_proto::{CommandFlags, Errno, Extent, Request};
+use nbd_proto::{Command, CommandFlags, Errno, Extent, Request};
 
 use crate::delta::DeltaError;
 use crate::device::{DeviceError, Piece};
@@ -20,12 +20,15 @@ pub enum Outcome {
     Status(Vec<(u32, Vec<Extent>)>),
     /// It failed.
     Failed(Errno, String),
+    /// It is a read that failed because of what is at this offset.
+    FailedAt(Errno, String, u64),
     /// Its connection was declared dead: nobody waits for a reply.
     Dropped,
 }
 
-impl From<&DeviceError> for Outcome {
-    fn from(error: &DeviceError) -> Outcome {
+impl Outcome {
+    /// What a request's failure is told as.
+    pub fn failed(request: &Request, error: &DeviceError) -> Outcome {
         let errno = match error {
             DeviceError::OutOfRange { .. } => Errno::Inval,
             DeviceError::ReadOnly => Errno::Perm,
@@ -34,7 +37,14 @@ impl From<&DeviceError> for Outcome {
             DeviceError::Stopped => Errno::Shutdown,
             DeviceError::Delta(_) | DeviceError::Base(_) => Errno::Io,
         };
-        Outcome::Failed(errno, error.to_string())
+        match error {
+            DeviceError::Base(base) if request.command == Command::Read && request.length > 0 => {
+                // What can't be read starts before the range as a rule.
+                let at = base.at().0.clamp(request.offset, request.offset + request.length - 1);
+                Outcome::FailedAt(errno, error.to_string(), at)
+            }
+            _ => Outcome::Failed(errno, error.to_string()),
+        }
     }
 }
 
@@ -48,6 +58,10 @@ pub fn put(output: &mut Output, replies: Replies, request: &Request, outcome: Ou
         Outcome::Failed(errno, message) => {
             output.append(|out| replies.error(out, request.reply_to(), errno, &message));
         }
+        Outcome::FailedAt(errno, message, at) => output.append(|out| match replies.chunks() {
+            Some(chunks) => chunks.error_offset(out, request.reply_to(), errno, at, &message, true),
+            None => replies.error(out, request.reply_to(), errno, &message),
+        }),
         Outcome::Dropped => {}
     }
 }
@@ -103,7 +117,7 @@ fn put_status(output: &mut Output, replies: Replies, request: &Request, contexts
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nbd_proto::{Command, HeaderMode};
+    use nbd_proto::HeaderMode;
 
     fn sent(mode: HeaderMode, flags: CommandFlags, pieces: Vec<Piece>) -> Vec<u8> {
         let length = pieces.iter().map(Piece::len).sum();

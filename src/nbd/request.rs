@@ -100,7 +100,7 @@ fn failed(export: &Export, request: &Request, error: &DeviceError) -> Outcome {
     if !matches!(error, DeviceError::Fenced) {
         export.log_failure(request.command, request.offset, request.length, error);
     }
-    Outcome::from(error)
+    Outcome::failed(request, error)
 }
 
 fn range(request: &Request) -> Option<ByteRange> {

@@ -36,6 +36,8 @@ pub struct Answer {
     pub result: Result<(), Errno>,
     /// What the server said of an error.
     pub message: String,
+    /// Where it said the error is.
+    pub failed_at: Option<u64>,
     /// The bytes of a read, holes filled in.
     pub data: Vec<u8>,
     /// How many bytes came as holes.
@@ -150,7 +152,7 @@ impl Client {
                     let extents = status.extents(&bytes).map_err(io::Error::other)?;
                     answer.extents.push((status.context, extents));
                 }
-                Body::Error { message, .. } => answer.message = message,
+                Body::Error { message, offset, .. } => (answer.message, answer.failed_at) = (message, offset),
                 Body::None => {}
             }
             if let Some(result) = reply.outcome {
@@ -218,6 +220,7 @@ impl Answer {
             cookie,
             result: Ok(()),
             message: String::new(),
+            failed_at: None,
             data: vec![0; read],
             holes: 0,
             chunks: 0,
