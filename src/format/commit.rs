@@ -16,7 +16,7 @@ const VERSION: u64 = 1;
 
 /// The largest device: 2^50 bytes.
 pub const MAX_DEVICE_SIZE: ByteLen = ByteLen(1 << 50);
-/// The longest message, in bytes.
+/// The longest message, in bytes, that a commit can have.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
 /// The longest author, in bytes.
 pub const MAX_AUTHOR_BYTES: usize = 1024;
@@ -274,7 +274,8 @@ fn size_ok(size: u64) -> bool {
     size.is_multiple_of(PAGE_SIZE) && size <= MAX_DEVICE_SIZE.0
 }
 
-fn author_ok(author: &str) -> bool {
+/// Whether this can be a commit's author: no more than [`MAX_AUTHOR_BYTES`] of one line, without blanks around it.
+pub fn author_ok(author: &str) -> bool {
     !author.is_empty()
         && author.len() <= MAX_AUTHOR_BYTES
         && !author.starts_with(' ')

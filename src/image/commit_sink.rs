@@ -58,17 +58,20 @@ pub struct CommitSink {
     image: ImageName,
     params: WriterParams,
     writer: Option<ImageWriter>,
+    repository: Option<Repository>,
 }
 
 impl CommitSink {
     /// A sink for the next commit of `image`; the size in `params` is replaced by the image's own.
     pub fn new(handle: Handle, target: Target, image: ImageName, params: WriterParams) -> CommitSink {
-        CommitSink { handle, target, image, params, writer: None }
+        CommitSink { handle, target, image, params, writer: None, repository: None }
     }
 
-    /// Writes the commit and moves the branch. To be called only if the whole image came.
-    pub fn finish(self, meta: CommitMeta) -> Result<Finished, RepoError> {
-        self.writer.ok_or(RepoError::WriterStopped { why: "no image was given to it" })?.finish(meta)
+    /// Writes the commit and moves the branch of the repository that comes back too. To be called only if the whole image came.
+    pub fn finish(self, meta: CommitMeta) -> Result<(Finished, Repository), RepoError> {
+        let empty = || RepoError::WriterStopped { why: "no image was given to it" };
+        let (writer, repository) = self.writer.zip(self.repository).ok_or_else(empty)?;
+        Ok((writer.finish(meta)?, repository))
     }
 
     fn writer(&mut self) -> Result<&mut ImageWriter, SinkError> {
@@ -84,6 +87,7 @@ impl ImageSink for CommitSink {
         let repository = self.handle.block_on(self.target.clone().open()).map_err(SinkError::new)?;
         let writer = ImageWriter::new(&self.handle, &repository, &self.image, params);
         self.writer = Some(writer.map_err(SinkError::new)?);
+        self.repository = Some(repository);
         Ok(())
     }
 

@@ -135,7 +135,7 @@ impl Pin {
             let volume = Volume::open(&state, &cache, &repository, &source, true).await?;
             Ok::<_, Error>(volume.pin(&cache).await?)
         })?;
-        println!("{}: all of it is here and stays ({} fetched)", self.volume, brought.human());
+        say!("{}: all of it is here and stays ({} fetched)", self.volume, brought.human());
         Ok(())
     }
 }
@@ -144,7 +144,7 @@ impl Unpin {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
         unpin(&self.place.volume(self.volume.as_str())?.dir)?;
-        println!("{}: may leave the cache from the next start on", self.volume);
+        say!("{}: may leave the cache from the next start on", self.volume);
         Ok(())
     }
 }
@@ -170,14 +170,14 @@ impl CacheCommand {
             Action::Prune { all } => {
                 let needed = needed(&state_dir, |dir| !all || is_pinned(dir))?;
                 let freed = prune(&cache_dir, |id| needed.values().any(|chunks| chunks.contains(id)))?;
-                println!("{} chunks freed, {} given back", freed.chunks, freed.bytes.human());
+                say!("{} chunks freed, {} given back", freed.chunks, freed.bytes.human());
                 Ok(())
             }
             Action::Verify => {
                 let bar = bar();
                 let verified = verify(&cache_dir, |bytes| bar.inc(bytes.0))?;
                 bar.finish_and_clear();
-                println!("{} chunks are good, {} were damaged and are gone", verified.good, verified.damaged);
+                say!("{} chunks are good, {} were damaged and are gone", verified.good, verified.damaged);
                 Ok(())
             }
         }
@@ -244,13 +244,13 @@ fn ls(state_dir: &Path, survey: &Survey, json: bool) -> Result<(), Error> {
         .collect();
     if json {
         serde_json::to_writer_pretty(std::io::stdout(), &held).map_err(std::io::Error::from)?;
-        println!();
+        say!();
         return Ok(());
     }
     for held in &held {
         let pinned = if held.pinned { ", pinned" } else { "" };
         let here = ByteLen(held.bytes_here).human();
-        println!("{}: {} of {} chunks are here ({here}{pinned})", held.volume, held.chunks_here, held.chunks);
+        say!("{}: {} of {} chunks are here ({here}{pinned})", held.volume, held.chunks_here, held.chunks);
     }
     Ok(())
 }
@@ -275,10 +275,10 @@ fn stat(survey: &Survey, json: bool) -> Result<(), Error> {
     };
     if json {
         serde_json::to_writer_pretty(std::io::stdout(), &figures).map_err(std::io::Error::from)?;
-        println!();
+        say!();
         return Ok(());
     }
-    println!(
+    say!(
         "{} chunks ({}) in {} files that take {} of the disk; {} of maps",
         figures.chunks,
         ByteLen(figures.chunk_bytes).human(),

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use horcrux::format::{BlockSize, Filesystem, FormatError, Timestamp};
+use horcrux::format::commit::{MAX_AUTHOR_BYTES, MAX_MESSAGE_BYTES, author_ok};
+use horcrux::format::{BlockSize, ChunkSize, Filesystem, FormatError, Timestamp};
 use horcrux::image::{
     CommitSink, FsKind, ImageError, ImageOptions, Progress, Summary, Target, image_from_dir, image_from_file,
 };
@@ -18,7 +19,9 @@ use horcrux::store::url::RepositoryUrl;
 use horcrux::store::{self, StoreError, UrlError};
 use horcrux::units::ByteLen;
 use serde::Serialize;
+use tokio::sync::watch;
 
+use crate::copies::{self, Copied, Copies, CopiesError};
 use crate::progress::Bar;
 
 /// What both commands take.
@@ -27,11 +30,14 @@ struct Common {
     /// Address space one object covers, 1M to 1G
     #[arg(long, short = 's', visible_alias = "chunksize", value_name = "SIZE", default_value = "64M", value_parser = parse_block_size)]
     block_size: BlockSize,
+    /// What is fetched, verified and compressed at a time, 64K to 1M: for benches, which say why it is 128K
+    #[arg(long, hide = true, value_name = "SIZE", default_value = "128K", value_parser = parse_chunk_size)]
+    chunk_len: ChunkSize,
     /// What this version is, for the log
-    #[arg(long, short, value_name = "MSG")]
+    #[arg(long, short, value_name = "MSG", value_parser = parse_message)]
     message: Option<String>,
     /// Who makes it [default: the user's name at this host]
-    #[arg(long, env = "HORCRUX_AUTHOR")]
+    #[arg(long, env = "HORCRUX_AUTHOR", value_parser = parse_author)]
     author: Option<String>,
     /// Print the summary as JSON
     #[arg(long)]
@@ -59,8 +65,9 @@ pub struct FromDir {
     name: ImageName,
     /// Directory to make an image of
     in_dir: PathBuf,
-    /// Repository to store it in; made if it is not there
-    repo: String,
+    /// Repository to store it in, made if it is not there; further ones get a copy
+    #[arg(required = true, value_name = "REPO")]
+    repos: Vec<String>,
 }
 
 /// `image-from-file`.
@@ -72,13 +79,36 @@ pub struct FromFile {
     name: ImageName,
     /// Raw image or block device
     file: PathBuf,
-    /// Repository to store it in; made if it is not there
-    repo: String,
+    /// Repository to store it in, made if it is not there; further ones get a copy
+    #[arg(required = true, value_name = "REPO")]
+    repos: Vec<String>,
 }
 
 fn parse_block_size(text: &str) -> Result<BlockSize, String> {
     let len: ByteLen = text.parse().map_err(|error: horcrux::units::SizeError| error.to_string())?;
     BlockSize::from_len(len).ok_or_else(|| format!("'{text}' is not a power of two from 1M to 1G"))
+}
+
+fn parse_message(text: &str) -> Result<String, String> {
+    match text.len() {
+        0..=MAX_MESSAGE_BYTES => Ok(text.to_owned()),
+        len => Err(format!("a message of {len} bytes is longer than {MAX_MESSAGE_BYTES}")),
+    }
+}
+
+/// Nothing is the default, as in the environment.
+fn parse_author(text: &str) -> Result<String, String> {
+    match text.is_empty() || author_ok(text) {
+        true => Ok(text.to_owned()),
+        false => Err(format!(
+            "an author is one line of at most {MAX_AUTHOR_BYTES} bytes, without blanks around it"
+        )),
+    }
+}
+
+fn parse_chunk_size(text: &str) -> Result<ChunkSize, String> {
+    let len: ByteLen = text.parse().map_err(|error: horcrux::units::SizeError| error.to_string())?;
+    ChunkSize::from_len(len).ok_or_else(|| format!("'{text}' is not a power of two from 64K to 1M"))
 }
 
 /// Why there is no image.
@@ -92,6 +122,8 @@ pub enum Error {
     Image(ImageError),
     #[error("the repository {} lies inside {}, the directory to make an image of", repo.display(), dir.display())]
     RepoInside { repo: PathBuf, dir: PathBuf },
+    #[error(transparent)]
+    Copies(#[from] CopiesError),
     #[error("can't start: {0}")]
     Runtime(std::io::Error),
     #[error("can't print the summary: {0}")]
@@ -118,6 +150,11 @@ impl Error {
             Error::Image(ImageError::Unreadable { .. }) => {
                 Some("run as a user who may read them; nothing was stored".to_owned())
             }
+            Error::Image(ImageError::Scratch { source, .. })
+                if source.kind() == std::io::ErrorKind::StorageFull =>
+            {
+                Some("--scratch-dir names a place with more space; nothing was stored".to_owned())
+            }
             Error::Repo(RepoError::Damaged { source: FormatError::Version { .. }, .. }) => {
                 Some("it was written by a newer Horcrux; use that one".to_owned())
             }
@@ -126,6 +163,7 @@ impl Error {
                     .to_owned(),
             ),
             Error::RepoInside { .. } => Some("choose a place outside of it; nothing was made".to_owned()),
+            Error::Copies(error) => error.hint(),
             _ => None,
         }
     }
@@ -141,27 +179,26 @@ impl FromDir {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
         // Before anything is made there: an image must not hold the repository that grows while it is read.
-        let repo = match self.repo.parse()? {
-            RepositoryUrl::Dir(path) => Some(path),
-            // Elsewhere, so not in the directory.
-            _ => None,
-        };
-        if let Some(repo) = &repo
-            && lies_inside(repo, &self.in_dir)
-        {
-            return Err(Error::RepoInside { repo: repo.clone(), dir: self.in_dir });
+        let mut forbidden = Vec::new();
+        for repo in &self.repos {
+            // Elsewhere than in a directory here is not inside of it.
+            let RepositoryUrl::Dir(repo) = repo.parse()? else { continue };
+            if lies_inside(&repo, &self.in_dir) {
+                return Err(Error::RepoInside { repo, dir: self.in_dir });
+            }
+            // Mounted there under another name, it is found by what it is.
+            forbidden.extend(repo.is_dir().then_some(repo));
         }
         let fs = if self.fs == "xfs" { FsKind::Xfs } else { FsKind::Ext4 };
         let options = ImageOptions {
             fs,
             size: self.size,
             keep_atime: self.keep_atime,
-            // Mounted there under another name, it is found by what it is.
-            forbidden: repo.filter(|path| path.is_dir()).into_iter().collect(),
+            forbidden,
             ..ImageOptions::new(self.name.to_string(), self.scratch_dir.unwrap_or_else(std::env::temp_dir))
         };
         let source = self.in_dir.display().to_string();
-        store_image(&self.common, &self.name, &self.repo, &source, |at_least, sink, progress| {
+        store_image(&self.common, &self.name, &self.repos, &source, |at_least, sink, progress| {
             let options = ImageOptions { at_least, ..options };
             image_from_dir(&self.in_dir, &options, sink, progress)
         })
@@ -172,7 +209,7 @@ impl FromFile {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
         let source = self.file.display().to_string();
-        store_image(&self.common, &self.name, &self.repo, &source, |_, sink, progress| {
+        store_image(&self.common, &self.name, &self.repos, &source, |_, sink, progress| {
             image_from_file(&self.file, sink, progress)
         })
     }
@@ -181,41 +218,57 @@ impl FromFile {
 fn store_image(
     common: &Common,
     name: &ImageName,
-    repo: &str,
+    repos: &[String],
     source: &str,
     make: impl FnOnce(ByteLen, &mut CommitSink, &Progress) -> Result<Summary, ImageError>,
 ) -> Result<(), Error> {
     let started = Instant::now();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
-    let store = store::url::open(repo)?;
+    let (first, others) = repos.split_first().expect("one is required");
+    let store = store::url::open(first)?;
     let id = *uuid::Uuid::new_v4().as_bytes();
-    let target = runtime.block_on(Target::find(store, id))?;
-    let params = WriterParams { block_size: common.block_size, ..WriterParams::new(ByteLen(0)) };
+    let target = runtime.block_on(Target::find(store.clone(), id))?;
+    let copies = runtime.block_on(Copies::find(others, first, &target))?;
+    let (block_size, chunk_size) = (common.block_size, common.chunk_len);
+    let params = WriterParams { block_size, chunk_size, ..WriterParams::new(ByteLen(0)) };
     let previous = runtime.block_on(previous_size(&target, name))?;
     let mut sink = CommitSink::new(runtime.handle().clone(), target, name.clone(), params);
 
     let progress = Arc::new(Progress::new());
     let bar = Bar::follow(progress.clone());
-    cancel_on_interrupt(&runtime, progress.clone());
+    let interrupted = cancel_on_interrupt(&runtime, progress.clone());
     let summary = make(previous, &mut sink, &progress)?;
-    let finished = sink.finish(CommitMeta {
+    if progress.is_cancelled() {
+        return Err(ImageError::Cancelled.into());
+    }
+    let (finished, repository) = sink.finish(CommitMeta {
         filesystem: match summary.fs {
             Some(FsKind::Ext4) => Filesystem::Ext4,
             Some(FsKind::Xfs) => Filesystem::Xfs,
             None => Filesystem::None,
         },
-        author: common.author.clone().unwrap_or_else(default_author),
+        author: common.author.clone().filter(|author| !author.is_empty()).unwrap_or_else(default_author),
         time: now(),
-        message: common.message.clone().unwrap_or_else(|| format!("image of {source}")),
+        message: common.message.clone().unwrap_or_else(|| image_of(source)),
     })?;
     drop(bar);
-    let report = Report::new(name, &summary, &finished, started.elapsed());
-    if common.json {
-        report.print_json()?
-    } else {
-        report.print(&summary)?
-    }
-    Ok(())
+    let copied = match others {
+        [] => Vec::new(),
+        _ => runtime.block_on(copies.make(&repository, name, interrupted)),
+    };
+    let report = Report::new(name, &summary, &finished, &copied, started.elapsed());
+    let printed = if common.json { report.print_json() } else { report.print(&summary) };
+    // Who hears nothing of the copies must at least get the exit code.
+    copies::check(first, &copied)?;
+    Ok(printed?)
+}
+
+/// What a version is called that nobody has said anything about. A path may be longer than a message.
+fn image_of(source: &str) -> String {
+    let text = format!("image of {source}");
+    let end =
+        (0..=MAX_MESSAGE_BYTES.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    text[..end].to_owned()
 }
 
 /// The size of the version this one follows; 0 where there is none.
@@ -226,16 +279,19 @@ async fn previous_size(target: &Target, image: &ImageName) -> Result<ByteLen, Re
     Ok(repository.commit(image, tip.commit, &no_cache).await?.size)
 }
 
-/// The first Ctrl-C lets the image put away what it made (mounts, scratch files); the second ends at once.
-fn cancel_on_interrupt(runtime: &tokio::runtime::Runtime, progress: Arc<Progress>) {
+/// The first Ctrl-C lets the image put away what it made (mounts, scratch files) and is told of by what is returned; the second ends at once.
+fn cancel_on_interrupt(runtime: &tokio::runtime::Runtime, progress: Arc<Progress>) -> watch::Receiver<bool> {
+    let (tell, told) = watch::channel(false);
     runtime.spawn(async move {
         if tokio::signal::ctrl_c().await.is_ok() {
             progress.cancel();
+            let _ = tell.send(true);
             if tokio::signal::ctrl_c().await.is_ok() {
                 std::process::exit(1);
             }
         }
     });
+    told
 }
 
 fn default_author() -> String {
@@ -253,7 +309,7 @@ fn now() -> Timestamp {
 
 /// The summary, as `--json` prints it. Bytes are bytes.
 #[derive(Serialize)]
-struct Report {
+struct Report<'c> {
     image: String,
     commit: String,
     unchanged: bool,
@@ -266,10 +322,17 @@ struct Report {
     deduplicated_bytes: u64,
     seconds: f64,
     notes: Vec<String>,
+    copies: &'c [Copied],
 }
 
-impl Report {
-    fn new(name: &ImageName, summary: &Summary, finished: &Finished, took: Duration) -> Report {
+impl<'c> Report<'c> {
+    fn new(
+        name: &ImageName,
+        summary: &Summary,
+        finished: &Finished,
+        copies: &'c [Copied],
+        took: Duration,
+    ) -> Report<'c> {
         Report {
             image: name.to_string(),
             commit: finished.commit.to_string(),
@@ -283,6 +346,7 @@ impl Report {
             deduplicated_bytes: finished.stats.deduplicated_bytes,
             seconds: took.as_secs_f64(),
             notes: summary.notes.iter().map(ToString::to_string).collect(),
+            copies,
         }
     }
 
@@ -313,6 +377,9 @@ impl Report {
         )?;
         writeln!(out, "  stored        {}", ByteLen(self.stored_bytes).human())?;
         writeln!(out, "  deduplicated  {}", ByteLen(self.deduplicated_bytes).human())?;
+        for copy in self.copies.iter().filter(|copy| copy.is_whole()) {
+            writeln!(out, "  copied to     {}", copy.line())?;
+        }
         Ok(())
     }
 }

@@ -3,7 +3,14 @@
 //! Enters: a command line. Leaves: results on standard output, progress and errors on standard error; exit code 0 done, 1 failed, 2 usage.
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+/// Prints a line, or leaves the function with the reason why not: a reader that went away is no panic.
+macro_rules! say {
+    () => { std::io::Write::write_all(&mut std::io::stdout(), b"\n")? };
+    ($($what:tt)*) => { std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{}\n", format_args!($($what)*)))? };
+}
+
 mod cache;
+mod copies;
 mod image;
 mod place;
 mod prefetch;
@@ -56,7 +63,8 @@ fn main() -> ExitCode {
 
 /// Warnings for people, on standard error: a repository that does not answer, something damaged that is read again.
 fn start_logging() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| "warn,aws_config=error".into());
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     logs.without_time().with_target(false).with_ansi(false).init();
 }

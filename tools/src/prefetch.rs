@@ -41,6 +41,9 @@ enum Action {
     Push {
         /// The volume
         volume: ImageName,
+        /// Where to keep it; may be given more than once [default: the place the volume was made from]
+        #[arg(long, value_name = "REPO")]
+        access: Vec<String>,
     },
 }
 
@@ -59,6 +62,8 @@ pub enum Error {
     NoList { volume: String },
     #[error("{place} is not the repository this volume is of")]
     OtherRepository { place: String },
+    #[error("not kept everywhere: {}", .0.join("; "))]
+    NotEverywhere(Vec<String>),
     #[error("can't start: {0}")]
     Runtime(std::io::Error),
     #[error("can't print: {0}")]
@@ -81,17 +86,17 @@ impl Error {
 impl Prefetch {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
-        let (Action::Record { volume } | Action::Show { volume, .. } | Action::Push { volume }) =
+        let (Action::Record { volume } | Action::Show { volume, .. } | Action::Push { volume, .. }) =
             &self.action;
         let Found { dir, record } = self.place.volume(volume.as_str())?;
         let list = || load_list(&dir)?.ok_or_else(|| Error::NoList { volume: volume.to_string() });
         match &self.action {
             Action::Record { .. } => {
                 ask_for_list(&dir)?;
-                println!("the next start of {volume} is listed");
+                say!("the next start of {volume} is listed");
             }
             Action::Show { json, .. } => show(volume, &list()?, *json)?,
-            Action::Push { .. } => push(&record, &list()?)?,
+            Action::Push { access, .. } => push(&record, access, &list()?)?,
         }
         Ok(())
     }
@@ -122,11 +127,11 @@ fn show(volume: &ImageName, list: &PrefetchList, json: bool) -> Result<(), Error
             runs: list.runs().to_vec(),
         };
         serde_json::to_writer_pretty(std::io::stdout(), &shown).map_err(std::io::Error::from)?;
-        println!();
+        say!();
         return Ok(());
     }
     let commit = list.commit.to_string();
-    println!(
+    say!(
         "{volume}: a start reads {} chunks ({}) in {} runs, seen at commit {}",
         list.len(),
         list.bytes().human(),
@@ -136,17 +141,27 @@ fn show(volume: &ImageName, list: &PrefetchList, json: bool) -> Result<(), Error
     Ok(())
 }
 
-fn push(record: &VolumeRecord, list: &PrefetchList) -> Result<(), Error> {
+/// Keeps the list in each place, and says so of each.
+fn push(record: &VolumeRecord, access: &[String], list: &PrefetchList) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
-    let store = store::url::open(&record.access)?;
-    runtime.block_on(async {
-        let repository = Repository::open(store).await?;
-        if record.repository_id() != Some(repository.id()) {
-            return Err(Error::OtherRepository { place: repository.describe() });
-        }
-        Ok(repository.put_prefetch_list(list).await?)
-    })?;
+    let places = if access.is_empty() { std::slice::from_ref(&record.access) } else { access };
     let commit = list.commit.to_string();
-    println!("kept with commit {} of {} in {}", &commit[..12], list.image, record.access);
-    Ok(())
+    let mut failed = Vec::new();
+    for place in places {
+        match runtime.block_on(push_to(place, record, list)) {
+            Ok(place) => say!("kept with commit {} of {} in {place}", &commit[..12], list.image),
+            Err(error) if places.len() == 1 => return Err(error),
+            Err(error) => failed.push(error.to_string()),
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { Err(Error::NotEverywhere(failed)) }
+}
+
+async fn push_to(place: &str, record: &VolumeRecord, list: &PrefetchList) -> Result<String, Error> {
+    let repository = Repository::open(store::url::open(place)?).await?;
+    if record.repository_id() != Some(repository.id()) {
+        return Err(Error::OtherRepository { place: repository.describe() });
+    }
+    repository.put_prefetch_list(list).await?;
+    Ok(repository.describe())
 }

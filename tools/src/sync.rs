@@ -2,7 +2,6 @@
 //!
 //! Enters: two repositories. Leaves: the second with all the first has, and a summary. It can be stopped and run again.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use horcrux::repo::sync::{SyncReport, sync};
@@ -65,9 +64,8 @@ impl Sync {
         let began = Instant::now();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
-        let (bar, copied) = (bar(), AtomicU64::new(0));
-        let progress =
-            |bytes: ByteLen| bar.set_position(copied.fetch_add(bytes.0, Ordering::Relaxed) + bytes.0);
+        let spinner = spinner();
+        let progress = |bytes: ByteLen| spinner.inc(bytes.0);
         let report = runtime.block_on(async {
             let from = Repository::open(store::url::open(&self.from)?).await?;
             let to = Repository::open_or_create(store::url::open(&self.to)?, from.id()).await?;
@@ -76,14 +74,14 @@ impl Sync {
             }
             Ok(sync(&from, &to, self.name.as_ref(), &progress).await?)
         })?;
-        bar.finish_and_clear();
+        spinner.finish_and_clear();
         print(&report, began.elapsed(), self.json)?;
         if report.diverged.is_empty() { Ok(()) } else { Err(Error::Diverged(report.diverged)) }
     }
 }
 
 /// On a terminal; indicatif shows nothing elsewhere.
-fn bar() -> ProgressBar {
+pub(crate) fn spinner() -> ProgressBar {
     let bar = ProgressBar::new_spinner();
     if let Ok(style) = ProgressStyle::with_template("{spinner} {bytes} copied, {binary_bytes_per_sec}") {
         bar.set_style(style);
@@ -115,9 +113,9 @@ fn print(report: &SyncReport, took: Duration, json: bool) -> Result<(), Error> {
             seconds: took.as_secs_f64(),
         };
         serde_json::to_writer_pretty(std::io::stdout(), &summary).map_err(std::io::Error::from)?;
-        println!();
+        say!();
     } else {
-        println!(
+        say!(
             "{} images: {} objects ({}) copied, {} were there, {} refs moved, in {:.1} s",
             report.images,
             report.copied,
