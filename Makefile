@@ -3,7 +3,7 @@
 #   make demo      builds, images a real directory, serves it, reads and writes it with real clients
 #   make test      packages, lint, every test, doc tests: what CI runs
 #   make lint      fmt, clippy with warnings denied, shell syntax, cargo-deny
-#   make soak      the long runs: every test with HORCRUX_SOAK=1 (10,000 crash sequences, 50 kills, more power cuts)
+#   make soak      the long runs: every test with HORCRUX_SOAK=1 (10,000 crash sequences, 50 kills, more power cuts, Ceph, GlusterFS)
 #   make fuzz      every fuzz target for FUZZ_SECONDS each (needs a nightly toolchain)
 #   make bench     criterion, then benches/*.sh against the rivals
 #   make packages  installs missing Debian packages when root, else names them and fails
@@ -36,7 +36,8 @@ lint: tools
 	for script in $$(git ls-files '*.sh' .ci/run); do bash -n "$$script"; done
 	tests/deny.sh
 
-soak: packages tools
+soak: tools
+	@tests/packages.sh --soak
 	HORCRUX_SOAK=1 cargo nextest run --locked --workspace --profile soak
 
 fuzz:

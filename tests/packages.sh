@@ -1,8 +1,16 @@
 #!/bin/bash
 # Sees to it that every command in tests/packages.txt is here: installs the missing packages when root, else
-# names them and fails. `--list` prints what is missing and changes nothing.
+# names them and fails. `--soak` asks for those of tests/packages-soak.txt too; `--list` prints what is missing and changes nothing.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
+lists=("$here/packages.txt") list=
+for option; do
+    case $option in
+    --soak) lists+=("$here/packages-soak.txt") ;;
+    --list) list=1 ;;
+    *) echo "usage: $0 [--soak] [--list]" >&2; exit 2 ;;
+    esac
+done
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 missing() {
@@ -15,11 +23,11 @@ missing() {
         *) type -P "$need" >/dev/null && continue ;;
         esac
         echo "$package"
-    done <"$here/packages.txt" | sort -u
+    done < <(cat "${lists[@]}") | sort -u
 }
 
 packages=$(missing)
-[ "${1:-}" != --list ] || { printf '%s\n' "$packages"; exit 0; }
+[ -z "$list" ] || { printf '%s\n' "$packages"; exit 0; }
 if [ -n "$packages" ]; then
     packages=${packages//$'\n'/ }
     if [ "$(id -u)" != 0 ]; then

@@ -129,6 +129,56 @@ fn a_repository_that_comes_back_is_used_without_a_restart() {
     server.stop();
 }
 
+/// What a server fetched in its life, as its last line says.
+fn fetched(server: Server) -> u64 {
+    let log = {
+        let kept = server.kept_log();
+        server.stop();
+        kept.lock().unwrap().clone()
+    };
+    let number = log.split("fetched_bytes=").nth(1).unwrap_or_else(|| panic!("{log}"));
+    number.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn versions_and_images_share_what_is_here() {
+    if !need(&["nbdcopy"]) {
+        return;
+    }
+    let image = Image::of(noise(11, 4 << 20));
+    let mut changed = image.raw.clone();
+    changed[1 << 20..(1 << 20) + 4096].fill(0x11);
+    std::fs::write(image.raw_file(), &changed).unwrap();
+    image.store("disk", &image.raw_file());
+    // The first version again, as an image of its own.
+    let same = image.dir().join("same");
+    std::fs::write(&same, &image.raw).unwrap();
+    image.store("other", &same);
+    let state = image.state();
+    let read = |name: &str, export: &str, expected: &[u8]| {
+        let server =
+            Serve::new(&image.repo(), &state).name(name).arg("--read-only").arg("--prefetch").arg("none");
+        let server = server.start();
+        let out = image.dir().join("out");
+        run(Command::new("nbdcopy").arg(server.uri(export)).arg(&out)).ok();
+        assert!(std::fs::read(&out).unwrap() == expected, "{name} differs");
+        fetched(server)
+    };
+    assert!(read("disk@main~1", "disk", &image.raw) >= 4 << 20);
+    let second = read("disk", "disk", &changed);
+    assert!(second > 0 && second < 256 << 10, "{second} bytes for one changed chunk");
+    assert_eq!(read("other", "other", &image.raw), 0, "all of it is here");
+}
+
+#[test]
+fn a_relative_path_means_the_same_from_anywhere_later() {
+    let image = Image::of(noise(7, 1 << 20));
+    let state = image.state();
+    Serve::new(Path::new("repo"), &state).within(image.dir()).name("disk").start().stop();
+    // It fetches from the recorded place, wherever this runs.
+    state_cli(&state, &["pin", "disk"]).ok();
+}
+
 fn sync(from: &Path, to: &Path, more: &[&str]) -> Ran {
     run(cli().arg("sync").arg("--from").arg(from).arg("--to").arg(to).args(more))
 }

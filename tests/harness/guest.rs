@@ -39,6 +39,11 @@ impl Guest {
             .env("NAME", name)
     }
 
+    /// A guest that serves nothing.
+    pub fn running(limit: Duration) -> Self {
+        Self { args: Vec::new(), limit }
+    }
+
     /// Sets a variable of the guest script.
     #[must_use]
     pub fn env(mut self, key: &str, value: impl AsRef<OsStr>) -> Self {

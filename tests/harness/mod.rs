@@ -3,6 +3,7 @@
 //! Invariant: nothing a test starts outlives it, and nothing is waited for without an end.
 #![allow(dead_code, unused_imports, clippy::unwrap_used)]
 
+pub mod ceph;
 mod client;
 mod guest;
 mod image;

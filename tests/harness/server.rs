@@ -71,6 +71,12 @@ impl Serve {
         self
     }
 
+    /// Runs it in this directory.
+    pub fn within(mut self, dir: &Path) -> Serve {
+        self.command.current_dir(dir);
+        self
+    }
+
     /// Listens on a TCP port of the system's choice too.
     pub fn tcp(mut self, socket: &Path) -> Serve {
         self.command.arg("--unix").arg(socket).args(["--listen", "127.0.0.1:0"]);
@@ -142,6 +148,11 @@ impl Server {
                 Err(RecvTimeoutError::Disconnected) => panic!("the server ended\n{}", self.log()),
             }
         }
+    }
+
+    /// What it logs, to be read after its end too.
+    pub fn kept_log(&self) -> Arc<Mutex<String>> {
+        self.log.clone()
     }
 
     /// What it logged so far.

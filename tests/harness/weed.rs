@@ -93,14 +93,7 @@ impl Weed {
 
     /// A client of its own making, with this server's credentials.
     pub fn client(&self) -> Client {
-        let config = aws_sdk_s3::Config::builder()
-            .behavior_version(BehaviorVersion::v2026_01_12())
-            .http_client(aws_smithy_http_client::Builder::new().build_http())
-            .credentials_provider(Credentials::new(ACCESS_KEY, SECRET_KEY, None, None, "test"))
-            .region(Region::new("us-east-1"))
-            .endpoint_url(self.endpoint())
-            .force_path_style(true);
-        Client::from_conf(config.build())
+        client_at(self.address())
     }
 
     pub fn endpoint(&self) -> String {
@@ -132,6 +125,18 @@ impl Drop for Weed {
             eprintln!("weed's log ends:\n{}", &log[log.len().saturating_sub(2000)..]);
         }
     }
+}
+
+/// A client of the S3 server at `address`, with the credentials all servers of the tests take.
+pub fn client_at(address: SocketAddr) -> Client {
+    let config = aws_sdk_s3::Config::builder()
+        .behavior_version(BehaviorVersion::v2026_01_12())
+        .http_client(aws_smithy_http_client::Builder::new().build_http())
+        .credentials_provider(Credentials::new(ACCESS_KEY, SECRET_KEY, None, None, "test"))
+        .region(Region::new("us-east-1"))
+        .endpoint_url(format!("http://{address}"))
+        .force_path_style(true);
+    Client::from_conf(config.build())
 }
 
 /// A repository's URL below the bucket, for who comes by `address`: the server's own or a proxy's.

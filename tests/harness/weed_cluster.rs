@@ -4,11 +4,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use aws_sdk_s3::Client;
-use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
-
 use super::until;
-use super::weed::{ACCESS_KEY, BUCKET, SECRET_KEY, free_ports, program};
+use super::weed::{ACCESS_KEY, BUCKET, SECRET_KEY, client_at, free_ports, program};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const VOLUMES: usize = 3;
@@ -69,7 +66,7 @@ impl Cluster {
     /// Until it takes a bucket, and objects on all it has.
     fn wait(&self) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let client = self.client();
+        let client = client_at(self.address());
         let ready = until(PATIENCE, || {
             runtime.block_on(async {
                 let _ = client.create_bucket().bucket(BUCKET).send().await;
@@ -80,17 +77,6 @@ impl Cluster {
             })
         });
         assert!(ready, "the cluster takes nothing:\n{}", self.logs());
-    }
-
-    fn client(&self) -> Client {
-        let config = aws_sdk_s3::Config::builder()
-            .behavior_version(BehaviorVersion::v2026_01_12())
-            .http_client(aws_smithy_http_client::Builder::new().build_http())
-            .credentials_provider(Credentials::new(ACCESS_KEY, SECRET_KEY, None, None, "test"))
-            .region(Region::new("us-east-1"))
-            .endpoint_url(format!("http://{}", self.address()))
-            .force_path_style(true);
-        Client::from_conf(config.build())
     }
 
     pub fn address(&self) -> SocketAddr {
