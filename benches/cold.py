@@ -32,6 +32,7 @@ class Rig:
     def __init__(self, args, work, stack):
         self.work = work
         self.args = args
+        self.repo = "repo"
         self.weed = stack.enter_context(parts.Weed(work))
         self.line = stack.enter_context(parts.Line(work, self.weed.port, args.rtt_ms, args.mbytes_per_s))
 
@@ -55,12 +56,12 @@ class Rig:
     def serve(self, repo, name, state, *flags):
         return harness.horcrux(self.far(repo), name, state, self.sock("horcrux"), *flags)
 
-    def image_database(self):
+    def image_database(self, *flags):
         data = parts.cluster(self.args.data or self.work, self.args.scale)
         used = int(harness.run("du", "-sk", data).split()[0]) >> 10
         # Room for the filesystem itself and for what the database writes while it runs.
         size = f"{used * 11 // 10 + 256}M"
-        harness.run(harness.CLI, "image-from-dir", "--size", size, starts.NAME, data, self.near(starts.REPO), timeout=parts.LONG_S)
+        harness.run(harness.CLI, "image-from-dir", *flags, "--size", size, starts.NAME, data, self.near(self.repo), timeout=parts.LONG_S)
         account = self.args.scale * 100_000 // 2 + 1
         self.statements = [
             f"SELECT abalance FROM pgbench_accounts WHERE aid = {account}",
@@ -154,12 +155,13 @@ def upload(rig, kind, number):
 
 
 @contextlib.contextmanager
-def served(rig, kind, way):
+def served(rig, kind, way, name=None):
+    name = name or kind
     state = harness.fresh(os.path.join(rig.work, f"state.{kind}"))
     flags = starts.prefetch_flags("none")
-    with harness.horcrux(way(f"repo-{kind}"), kind, state, rig.sock("horcrux"), *flags) as server:
+    with harness.horcrux(way(f"repo-{kind}"), name, state, rig.sock("horcrux"), *flags) as server:
         rig.line.reset()
-        yield rig.uri(kind, server.sock), server
+        yield rig.uri(name, server.sock), server
     shutil.rmtree(state)
 
 
@@ -172,15 +174,15 @@ def sequential(rig, kind):
         return seconds, counts["down"], counts["requests"], server.peak_rss_mib()
 
 
-def random_reads(rig, kind, size, way=None):
+def random_reads(rig, kind, size, way=None, chunk_len=CHUNK, name=None):
     """Reads of 4 KiB, each in a chunk of its own, of every other chunk in a random order."""
-    chunks = random.sample(range(size // CHUNK), size // CHUNK // 2)
+    chunks = random.sample(range(size // chunk_len), size // chunk_len // 2)
     # fio draws offsets again where they are aligned to more than is read, so it is told them.
     script = os.path.join(rig.work, "reads.iolog")
     with open(script, "w") as file:
         file.write("fio version 2 iolog\nnbd add\nnbd open\n")
-        file.writelines(f"nbd read {chunk * CHUNK + chunk % (CHUNK >> 12) * 4096} 4096\n" for chunk in chunks)
-    with served(rig, kind, way or rig.far) as (uri, server):
+        file.writelines(f"nbd read {chunk * chunk_len + chunk % (chunk_len >> 12) * 4096} 4096\n" for chunk in chunks)
+    with served(rig, kind, way or rig.far, name) as (uri, server):
         out = subprocess.run(
             ["fio", "--name=b", "--ioengine=nbd", f"--uri={uri}", f"--iodepth={DEPTH}", f"--read_iolog={script}",
              "--replay_no_stall=1", f"--size={size}", "--output-format=json"],
@@ -194,6 +196,49 @@ def random_reads(rig, kind, size, way=None):
         # It counts what it sent, and does not wait for the last of it.
         answered = len(chunks) - (DEPTH - 1)
         return job["read"]["runtime"] / 1e3, answered, counts["requests"], server.peak_rss_mib()
+
+
+def measure_chunks(args, rig):
+    """Per chunk length: what is stored, starts as (seconds, MB, requests), random reads as (seconds, reads, ...)."""
+    lens = [text.strip() for text in args.chunks.split(",")]
+    kinds = ("horcrux, cold", "horcrux, cold, learned prefetch")
+    size = args.noise_mib << 20
+    raw = os.path.join(rig.work, "chunks.raw")
+    with open(raw, "wb") as file:
+        for _ in range(args.noise_mib):
+            file.write(random.randbytes(1 << 20))
+    ways, figures = {}, {}
+    for text in lens:
+        rig.repo = f"chunks-{text}"
+        rig.image_database("--chunk-len", text)
+        harness.run(harness.CLI, "image-from-file", "--chunk-len", text, "noise", raw, rig.near(f"repo-noise-{text}"), timeout=parts.LONG_S)
+        ways[text] = starts.Starts(rig)
+        ways[text].prepare(list(kinds))
+        stored = rig.weed.stored(f"{rig.repo}/images/{starts.NAME}/blocks/")
+        figures[text] = {"stored": stored, **{kind: [] for kind in kinds}, "random": []}
+    for number in range(args.rounds):
+        turn = number % len(lens)
+        for text in lens[turn:] + lens[:turn]:
+            rig.repo = f"chunks-{text}"
+            for kind in kinds:
+                figures[text][kind].append(rig.start(ways[text].ways[kind]))
+            chunk_len = int(text.rstrip("KM")) << (20 if text.endswith("M") else 10)
+            figures[text]["random"].append(random_reads(rig, f"noise-{text}", size, chunk_len=chunk_len, name="noise"))
+            harness.progress(f"round {number + 1}: {text}: " + ", ".join(f"{figures[text][kind][-1][0]:.2f} s" for kind in kinds))
+    return figures
+
+
+def report_chunks(args, figures):
+    print(f"\nMedian of {args.rounds} (range). Stored: the database's image. Seconds and MB to its first answer; 4 KiB reads at QD{DEPTH} of {args.noise_mib} MiB of noise.\n")
+    rows = []
+    for text, of in figures.items():
+        row = [text, f"{of['stored'] / 1e6:.0f}"]
+        for kind in ("horcrux, cold", "horcrux, cold, learned prefetch"):
+            seconds, down, requests = zip(*of[kind])
+            row += [harness.spread(seconds), harness.spread(down, "{:.1f}"), harness.spread(requests, "{:.0f}")]
+        seconds, reads, *_ = zip(*of["random"])
+        rows.append(row + [harness.spread([n / s for s, n in zip(seconds, reads)], "{:.0f}")])
+    harness.table(["chunk", "stored, MB", "cold, s", "MB", "requests", "learned, s", "MB", "requests", "cold 4k reads, IOPS"], rows)
 
 
 def report_starts(args, ways, figures, image):
@@ -255,6 +300,7 @@ def main():
     parser.add_argument("--noise-mib", type=int, help="of each of the two throughput images; default: 512")
     parser.add_argument("--starts", help="a list with semicolons; default: all; none: throughput only")
     parser.add_argument("--no-throughput", action="store_true")
+    parser.add_argument("--chunks", metavar="LENS", help="compare lengths of chunks instead, as 64K,128K,1M")
     parser.add_argument("--data", help="a directory where the database is kept for the next run")
     parser.add_argument("--dir", help="where everything else goes (default: the temporary directory)")
     parser.add_argument("--json", help="a file for the raw figures")
@@ -298,16 +344,19 @@ def measure(args, work, stack):
     raw = {"facts": facts}
     print("```")
     print(f"benches/cold.sh --rounds {args.rounds} --scale {args.scale} --rtt-ms {args.rtt_ms:g} --mbytes-per-s {args.mbytes_per_s:g}"
-          f" --noise-mib {args.noise_mib}")
+          f" --noise-mib {args.noise_mib}" + (f" --chunks {args.chunks}" if args.chunks else ""))
     print("\n".join(facts))
     print("```", flush=True)
-    if args.starts != "none":
+    if args.chunks:
+        raw["chunks"] = measure_chunks(args, rig)
+        report_chunks(args, raw["chunks"])
+    elif args.starts != "none":
         image = rig.image_database()
         harness.progress(f"{image[0]} MiB of data, imaged")
         ways, figures = measure_starts(args, rig)
         report_starts(args, ways, figures, image)
         raw["starts"], raw["skipped"] = figures, ways.skipped
-    if not args.no_throughput:
+    if not args.no_throughput and not args.chunks:
         figures = measure_throughput(args, rig)
         report_throughput(args, figures)
         raw["throughput"] = figures

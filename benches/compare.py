@@ -176,6 +176,8 @@ def measure(args, work):
                 rig.warm(name)
             for job in jobs:
                 for name in order:
+                    # What one left for the disk to write is not to slow the next.
+                    os.sync()
                     figures[name][job].append(rig.fio(name, job, args.seconds))
                 harness.progress(f"round {round_number + 1}: {job}: " + ", ".join(
                     f"{name} {figures[name][job][-1]:.1f}" for name in servers))

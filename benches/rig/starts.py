@@ -14,7 +14,6 @@ from rig import parts
 from rig.parts import BUCKET, LIMIT_S, LONG_S
 
 NAME = "pg"
-REPO = "repo"
 RAW, PACKED = "raw.img", "raw.img.zst"
 
 
@@ -36,7 +35,7 @@ def prefetch_known():
 def prefetch_learn(rig):
     """One start is listed, and what was learned from it goes to the repository, for hosts that have seen nothing."""
     state = harness.fresh(os.path.join(rig.work, "state.learn"))
-    with rig.serve(REPO, NAME, state, "--prefetch", "none") as server:
+    with rig.serve(rig.repo, NAME, state, "--prefetch", "none") as server:
         rig.first_answer({"uri": rig.uri(NAME, server.sock)})
     harness.run(harness.CLI, "prefetch", "push", "--state-dir", state, NAME, timeout=LIMIT_S)
 
@@ -81,7 +80,7 @@ class Starts:
         rig = self.rig
         self.raw = os.path.join(rig.work, RAW)
         state = harness.fresh(os.path.join(rig.work, "state.raw"))
-        with harness.horcrux(rig.near(REPO), NAME, state, rig.sock("raw"), "--read-only") as server:
+        with harness.horcrux(rig.near(rig.repo), NAME, state, rig.sock("raw"), "--read-only") as server:
             harness.run("nbdcopy", rig.uri(NAME, server.sock), self.raw, timeout=LONG_S)
         packed = os.path.join(rig.work, PACKED)
         harness.run("zstd", "-q", "-3", "-T0", "-f", self.raw, "-o", packed, timeout=LONG_S)
@@ -103,7 +102,7 @@ class Starts:
         return self.horcrux(stack, self.warm_state, *prefetch_flags("none"))
 
     def horcrux(self, stack, state, *flags):
-        server = stack.enter_context(self.rig.serve(REPO, NAME, state, *flags))
+        server = stack.enter_context(self.rig.serve(rig.repo, NAME, state, *flags))
         return {"uri": self.rig.uri(NAME, server.sock)}
 
     def download(self, stack):
