@@ -1,4 +1,4 @@
-//! The fuzz targets on seeded random bytes, and on every input a fuzzer has broken one with.
+//! The fuzz targets on seeded random bytes. An input that a fuzzer breaks one with becomes a test by its name in `hostile.rs`.
 
 mod support;
 
