@@ -113,6 +113,19 @@ fn a_full_scratch_disk_is_an_error_and_no_image() {
         }
         assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
     }
+    // A filesystem that keeps space back from everybody says that there is some.
+    let disk = temp.path().join("disk");
+    fs::File::create(&disk).unwrap().set_len(160 << 20).unwrap();
+    run(Command::new("/sbin/mke2fs").args(["-q", "-t", "ext4"]).arg(&disk));
+    {
+        let mount = Mount::new(&disk, "rw");
+        match make(&source, &image, &options(mount.path())) {
+            Err(ImageError::Scratch { source, .. }) => {
+                assert_eq!(source.kind(), std::io::ErrorKind::StorageFull)
+            }
+            other => panic!("on ext4: {other:?}"),
+        }
+    }
     // And through the command: what to do about it, and nothing is stored.
     let repo = temp.path().join("repo");
     let mut command = cli();

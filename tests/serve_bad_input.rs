@@ -502,7 +502,7 @@ fn a_flush_that_finds_no_space_is_told_and_succeeds_when_there_is_some() {
 /// The disk fails under the real server: strace answers its syncs with EIO.
 #[test]
 fn a_sync_that_fails_fails_the_flush_and_every_write_until_the_volume_is_opened_anew() {
-    if !need(&["strace"]) {
+    if !need(&["strace"]) || !need_root("to trace a server that runs") {
         return;
     }
     let image = Image::of(noise(1, 4 * MIB));

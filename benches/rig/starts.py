@@ -102,7 +102,7 @@ class Starts:
         return self.horcrux(stack, self.warm_state, *prefetch_flags("none"))
 
     def horcrux(self, stack, state, *flags):
-        server = stack.enter_context(self.rig.serve(rig.repo, NAME, state, *flags))
+        server = stack.enter_context(self.rig.serve(self.rig.repo, NAME, state, *flags))
         return {"uri": self.rig.uri(NAME, server.sock)}
 
     def download(self, stack):

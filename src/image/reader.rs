@@ -132,13 +132,11 @@ impl Reader<'_> {
         self.packer.send()?;
         // Last, everything once more: a name added or removed shows in its directory's times, and a file written after it was
         // read would be in the image as it was before another one that is there as it is now.
-        for (id, entry) in tree.iter() {
+        for id in in_order_of_telling(tree) {
             if self.progress.is_cancelled() {
                 return Err(ImageError::Cancelled.into());
             }
-            if !matches!(entry.kind, Kind::HardLink { .. }) {
-                unchanged(tree, &mut self.dirs, id)?;
-            }
+            unchanged(tree, &mut self.dirs, id)?;
         }
         Ok(())
     }
@@ -236,19 +234,25 @@ impl Packer {
 /// Compares every entry with what the scan saw, for contents that somebody else read.
 pub(crate) fn check_unchanged(tree: &Tree, root: OwnedFd, progress: &Progress) -> Result<(), ImageError> {
     let mut dirs = Dirs::new(root);
-    // Files before directories: that a file is gone says more than that its directory changed.
-    for (id, entry) in
-        tree.iter().filter(|(_, entry)| !matches!(entry.kind, Kind::HardLink { .. } | Kind::Dir))
-    {
+    for id in in_order_of_telling(tree) {
         unchanged(tree, &mut dirs, id)?;
-        if entry.has_data() {
+        if tree.entry(id).has_data() {
             progress.file_done();
         }
     }
-    for (id, _) in tree.iter().filter(|(_, entry)| matches!(entry.kind, Kind::Dir)) {
-        unchanged(tree, &mut dirs, id)?;
-    }
     Ok(())
+}
+
+/// Files before directories: that a file is gone says more than that its directory changed. Each inode once.
+fn in_order_of_telling(tree: &Tree) -> impl Iterator<Item = EntryId> + '_ {
+    let of = |dirs: bool| {
+        tree.iter().filter(move |(_, entry)| match entry.kind {
+            Kind::HardLink { .. } => false,
+            Kind::Dir => dirs,
+            _ => !dirs,
+        })
+    };
+    of(false).chain(of(true)).map(|(id, _)| id)
 }
 
 /// Checks that an entry is what the scan saw.

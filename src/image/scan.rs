@@ -59,8 +59,6 @@ pub(crate) fn scan(
         .filter_map(|path| rustix::fs::stat(path.as_ref()).ok())
         .map(|stat| (stat.st_dev, stat.st_ino))
         .collect();
-    // A page that is clean tells of the next store into it, through a mapping too: it moves the file's time. Best effort.
-    let _ = rustix::fs::syncfs(&root);
     let mut walk = Walk {
         tree: Tree::new(dir.to_path_buf()),
         linked: HashMap::new(),

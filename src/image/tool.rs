@@ -100,10 +100,14 @@ pub(crate) fn scratch_file(dir: &Path, len: u64) -> Result<File, ImageError> {
     Ok(file)
 }
 
-/// The error of something that wrote into a scratch file: where there is no space left that is why, whatever it looked like there.
+/// The error of something that wrote into a scratch file in `dir`: where there is no space left that is why, whatever it looked like there.
 pub(crate) fn or_full(error: ImageError, dir: &Path) -> ImageError {
     match error {
-        ImageError::Io { .. } | ImageError::ToolFailed { .. } if is_full(dir) => full(dir),
+        ImageError::Io { .. } | ImageError::Scratch { .. } | ImageError::ToolFailed { .. }
+            if is_full(dir) =>
+        {
+            full(dir)
+        }
         other => other,
     }
 }
@@ -117,12 +121,14 @@ fn full(dir: &Path) -> ImageError {
     ImageError::scratch("write it", dir)(io::Error::from_raw_os_error(libc::ENOSPC))
 }
 
+/// Asked by taking some: what statvfs says is free may be kept back by the filesystem, and some say nothing.
 fn is_full(dir: &Path) -> bool {
-    let privileged = rustix::process::geteuid().is_root();
-    rustix::fs::statvfs(dir).is_ok_and(|stat| {
-        let blocks = if privileged { stat.f_bfree } else { stat.f_bavail };
-        blocks.saturating_mul(stat.f_frsize) < FULL_BELOW
-    })
+    let taken = reserve(dir, FULL_BELOW);
+    matches!(taken, Err(ImageError::Scratch { source, .. }) if is_no_space(&source))
+}
+
+fn is_no_space(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Space in `dir` kept back until this is dropped.

@@ -286,7 +286,13 @@ impl Inner {
 
     fn compare_and_swap(&self, key: &Key, expected: Option<&Etag>, new: &[u8]) -> Result<Etag, StoreError> {
         let path = self.path(key);
-        if expected.is_some() && !path.exists() {
+        let there = unless_stale(|| match std::fs::metadata(&path) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                Ok(false)
+            }
+            other => other.map(|_| true),
+        });
+        if expected.is_some() && !there.map_err(|error| self.read_error(key, &path, error))? {
             return Err(StoreError::Conflict { store: self.describe(), key: key.clone() });
         }
         self.make_dir_of(&path)?;
@@ -334,7 +340,7 @@ impl Inner {
                 continue;
             }
             // Links are not followed: a listing stays inside the directory and ends.
-            match entry.metadata() {
+            match unless_stale(|| entry.metadata()) {
                 Ok(meta) if meta.is_dir() => entries.push((name, true, 0)),
                 Ok(meta) if meta.is_file() => entries.push((name, false, meta.len())),
                 Ok(_) => {}

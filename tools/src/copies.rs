@@ -1,7 +1,7 @@
 //! The further places a new version is put in: each gets a copy of what the first one has, and each is told of.
 //!
-//! Enters: the places, before anything is made. Leaves: what was copied to each, or why not. Invariant: a place that can't be used is found out before the work; one
-//! that fails later keeps none of the others from getting theirs.
+//! Enters: the places, before anything is made. Leaves: what was copied to each, or why not. Invariant: a place that can't be reached, or holds something else, is found
+//! out before the work; one that fails later keeps none of the others from getting theirs.
 
 use std::sync::Arc;
 
@@ -181,11 +181,12 @@ impl Copied {
 pub fn check(first: &str, copied: &[Copied]) -> Result<(), CopiesError> {
     let failed: Vec<&Copied> = copied.iter().filter(|copy| !copy.is_whole()).collect();
     let Some(worst) = failed.first() else { return Ok(()) };
-    let way_out = match failed.iter().find(|copy| !copy.diverged) {
-        Some(copy) => {
-            format!("'horcrux-cli sync --from {first} --to {}' copies what is missing there", copy.place)
-        }
-        None => format!("{} has versions of its own: bring them to {first} first", worst.place),
+    let missing: Vec<&str> = failed.iter().filter(|copy| !copy.diverged).map(|copy| &*copy.place).collect();
+    let sync = |place| format!("'horcrux-cli sync --from {first} --to {place}' copies what is missing there");
+    let way_out = match missing.as_slice() {
+        [place] => sync(place),
+        [place, ..] => sync(place) + "; likewise the others",
+        [] => format!("{} has versions of its own: bring them to {first} first", worst.place),
     };
     let failed = failed.into_iter().map(Copied::line).collect();
     Err(CopiesError::NotEverywhere { first: first.to_owned(), failed, way_out })

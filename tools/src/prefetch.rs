@@ -146,13 +146,16 @@ fn push(record: &VolumeRecord, access: &[String], list: &PrefetchList) -> Result
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
     let places = if access.is_empty() { std::slice::from_ref(&record.access) } else { access };
     let commit = list.commit.to_string();
-    let mut failed = Vec::new();
+    let (mut kept, mut failed) = (Vec::new(), Vec::new());
     for place in places {
         match runtime.block_on(push_to(place, record, list)) {
-            Ok(place) => say!("kept with commit {} of {} in {place}", &commit[..12], list.image),
+            Ok(place) => kept.push(place),
             Err(error) if places.len() == 1 => return Err(error),
             Err(error) => failed.push(error.to_string()),
         }
+    }
+    for place in kept {
+        say!("kept with commit {} of {} in {place}", &commit[..12], list.image);
     }
     if failed.is_empty() { Ok(()) } else { Err(Error::NotEverywhere(failed)) }
 }

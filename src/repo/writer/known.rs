@@ -1,4 +1,4 @@
-//! Chunks the writer knows to be stored, by id: the most recent 2^20 of the parent's version and of this one.
+//! Chunks the writer knows to be stored, by id: the most recent 2^20 of this version, of the parent's and of those before.
 //!
 //! Invariant: memory is bounded by the capacity, at 60 MiB for 2^20 chunks, whatever the image holds. An id is found with the full 32 bytes,
 //! never by a part of them.

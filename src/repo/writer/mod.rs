@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use parking_lot::Mutex;
@@ -118,8 +119,9 @@ pub struct Finished {
     pub stats: WriteStats,
 }
 
-/// Versions before the parent whose chunks are known too.
+/// Versions before the parent whose chunks are known too, and how long reading their tables may take.
 const HISTORY: usize = 16;
+const HISTORY_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The version that a new one follows.
 #[derive(Clone)]
@@ -190,14 +192,9 @@ impl ImageWriter {
             if parent.version.commit().chunk_size == params.chunk_size {
                 let mut learned = HashSet::new();
                 handle.block_on(learn(&parent.version, &mut known, &mut learned))?;
-                handle.block_on(learn_history(
-                    repo,
-                    image,
-                    &cache,
-                    &parent.version,
-                    &mut known,
-                    &mut learned,
-                ));
+                let learning = learn_history(repo, image, &cache, &parent.version, &mut known, &mut learned);
+                // What a far repository has not told by then is stored again.
+                let _ = handle.block_on(async { tokio::time::timeout(HISTORY_PATIENCE, learning).await });
             }
             if parent.same_map {
                 let commit = parent.version.commit();
@@ -474,7 +471,7 @@ async fn learn_history(
         let open = Version::open(repo, image, *before, cache.clone(), VersionOptions::default());
         let learning = async {
             let version = open.await?;
-            if version.commit().chunk_size == commit.chunk_size {
+            if version.commit().chunk_size == parent.commit().chunk_size {
                 learn(&version, known, learned).await?;
             }
             Ok::<_, RepoError>(version.commit().clone())

@@ -61,6 +61,7 @@ struct Found {
     host_key_alias: Option<String>,
     connect_timeout: Option<Duration>,
     proxy: Option<Option<&'static str>>,
+    revoked_none: Option<bool>,
 }
 
 struct Reader<'a> {
@@ -133,9 +134,14 @@ impl Reader<'_> {
             }
             "proxyjump" => _ = found.proxy.get_or_insert(proxy("ProxyJump")),
             "proxycommand" => _ = found.proxy.get_or_insert(proxy("ProxyCommand")),
-            "revokedhostkeys" if value.eq_ignore_ascii_case("none") => {}
             "revokedhostkeys" => {
-                return Err("RevokedHostKeys is not supported: a key that was revoked would be taken".into());
+                // As with all others the first one counts: a user's `none` is stronger than the machine's.
+                let is_none = *found.revoked_none.get_or_insert(value.eq_ignore_ascii_case("none"));
+                if !is_none {
+                    return Err(
+                        "RevokedHostKeys is not supported: a key that was revoked would be taken".into()
+                    );
+                }
             }
             _ => {}
         }
