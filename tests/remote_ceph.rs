@@ -14,7 +14,7 @@ use std::time::Duration;
 use harness::ceph::{Ceph, ceph};
 use harness::weed::{ACCESS_KEY, BUCKET, SECRET_KEY, client_at, url_at, with_credentials};
 use harness::{Serve, cli, need, noise, run, soak, until};
-use horcrux::store::{S3Place, S3Store, Store};
+use horcrux::store::{RetryOptions, RetryStore, S3Place, S3Store, Store};
 
 #[test]
 fn cephs_gateway_keeps_the_contract_and_an_image_outlives_an_osd() {
@@ -31,7 +31,9 @@ fn cephs_gateway_keeps_the_contract_and_an_image_outlives_an_osd() {
         .map(|_| {
             let endpoint = Some(format!("http://{}", ceph.address()));
             let place = S3Place { bucket: BUCKET.into(), prefix: "contract/".into(), region: None, endpoint };
-            Arc::new(S3Store::with_client(place, client_at(ceph.address()))) as Arc<dyn Store>
+            let store = Arc::new(S3Store::with_client(place, client_at(ceph.address())));
+            // As repositories are opened: it answers 500 to some of those who lose a race.
+            Arc::new(RetryStore::new(store, RetryOptions::default())) as Arc<dyn Store>
         })
         .collect();
     let turn = AtomicUsize::new(0);
