@@ -29,8 +29,8 @@ use self::known::KnownChunks;
 use self::pipeline::{Buffers, InOrder, Job, Packer};
 use super::meta::MemMetaCache;
 use super::{
-    BranchName, BranchTip, ImageName, MapBase, MapBuilder, MetaCache, RepoError, Repository, Version,
-    VersionOptions,
+    BranchName, BranchTip, ImageName, MapBase, MapBuilder, MetaCache, NoMetaCache, RepoError, Repository,
+    Version, VersionOptions,
 };
 use crate::format::{BlockSize, ChunkSize, Commit, CommitId, Filesystem, MapRoot, TableId, Timestamp};
 use crate::units::{BlockIndex, ByteLen, ChunkIndex, PAGE_SIZE};
@@ -172,7 +172,7 @@ impl ImageWriter {
         params: WriterParams,
     ) -> Result<ImageWriter, RepoError> {
         check_size(params.size)?;
-        let cache: Arc<dyn MetaCache> = Arc::new(MemMetaCache::default());
+        let cache: Arc<dyn MetaCache> = Arc::new(NoMetaCache);
         let tip = handle.block_on(repo.branch(image, &params.branch))?;
         let parent = match &tip {
             None => None,
@@ -192,7 +192,7 @@ impl ImageWriter {
             if parent.version.commit().chunk_size == params.chunk_size {
                 let mut learned = HashSet::new();
                 handle.block_on(learn(&parent.version, &mut known, &mut learned))?;
-                let learning = learn_history(repo, image, &cache, &parent.version, &mut known, &mut learned);
+                let learning = learn_history(repo, image, &parent.version, &mut known, &mut learned);
                 // What a far repository has not told by then is stored again.
                 let _ = handle.block_on(async { tokio::time::timeout(HISTORY_PATIENCE, learning).await });
             }
@@ -460,11 +460,12 @@ fn same_device(parent: &Commit, map: MapRoot, params: &WriterParams, filesystem:
 async fn learn_history(
     repo: &Repository,
     image: &ImageName,
-    cache: &Arc<dyn MetaCache>,
     parent: &Version,
     known: &mut KnownChunks,
     learned: &mut HashSet<TableId>,
 ) {
+    // What the versions share of their maps is fetched once, and forgotten when they are learned.
+    let cache: Arc<dyn MetaCache> = Arc::new(MemMetaCache::default());
     let mut commit = parent.commit().clone();
     for _ in 0..HISTORY {
         let Some(before) = commit.parents.first().filter(|_| !known.is_full()) else { return };
