@@ -36,6 +36,14 @@ pub enum RepoError {
         /// The store.
         place: String,
     },
+    /// A copy was to be made in another repository.
+    #[error("{place} is another repository than {of}: only copies of one repository can be kept the same")]
+    OtherRepository {
+        /// Where the copy was to be.
+        place: String,
+        /// Of what.
+        of: String,
+    },
     /// An object is not what its name or its parent says.
     #[error("{place}: {key}: {source}")]
     Damaged {

@@ -11,7 +11,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use super::meta::{MetaCache, NoMetaCache, named_object_error};
 use super::{BranchName, ImageName, RepoError, Repository, TagName, Version, VersionOptions, keys};
 use crate::format::{CommitId, FormatError};
-use crate::store::{Key, KeyPrefix, StoreError};
+use crate::store::{Key, KeyPrefix, Store, StoreError};
 use crate::units::{BlockIndex, ByteLen};
 
 /// Objects on their way at once.
@@ -40,13 +40,17 @@ pub struct SyncReport {
     pub diverged: Vec<String>,
 }
 
-/// Copies what `to` lacks of one image, or of all.
+/// Copies what the repository on `to` lacks of one image, or of all; it is made, as the same repository, if there is none.
 pub async fn sync(
     from: &Repository,
-    to: &Repository,
+    to: Arc<dyn Store>,
     image: Option<&ImageName>,
     progress: &(dyn Fn(ByteLen) + Send + Sync),
 ) -> Result<SyncReport, RepoError> {
+    let to = &Repository::open_or_create(to, from.id()).await?;
+    if to.id() != from.id() {
+        return Err(RepoError::OtherRepository { place: to.describe(), of: from.describe() });
+    }
     let images = match image {
         Some(image) => vec![image.clone()],
         None => from.images().await?,

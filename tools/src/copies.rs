@@ -23,8 +23,6 @@ pub enum CopiesError {
     Url(#[from] UrlError),
     #[error(transparent)]
     Repo(#[from] RepoError),
-    #[error("{place} is another repository than {first}: only copies of one repository can be kept the same")]
-    OtherRepository { place: String, first: String },
     #[error("{first} is no repository yet, but {place} is one")]
     FirstIsNew { place: String, first: String },
     #[error("it is stored in {first}, but not everywhere: {}", .failed.join("; "))]
@@ -35,7 +33,9 @@ impl CopiesError {
     /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            CopiesError::OtherRepository { .. } => Some("give a new place; nothing was made".to_owned()),
+            CopiesError::Repo(RepoError::OtherRepository { .. }) => {
+                Some("give a new place; nothing was made".to_owned())
+            }
             CopiesError::FirstIsNew { place, first } => {
                 Some(format!("'horcrux-cli sync --from {place} --to {first}' first, or name {place} first"))
             }
@@ -86,7 +86,7 @@ impl Copies {
                     return Err(CopiesError::FirstIsNew { place: url.clone(), first: first() });
                 }
                 Target::Open(there) if there.id() != id => {
-                    return Err(CopiesError::OtherRepository { place: url.clone(), first: first() });
+                    return Err(RepoError::OtherRepository { place: url.clone(), of: first() }.into());
                 }
                 Target::Open(_) | Target::New { .. } => places.push(Place { url: url.clone(), store }),
             }
@@ -107,7 +107,7 @@ impl Copies {
             let mut interrupted = interrupted.clone();
             async move {
                 tokio::select! {
-                    copied = copy(place, first, image, &progress) => Copied::new(place, copied),
+                    copied = sync(first, place.store.clone(), Some(image), &progress) => Copied::new(place, copied),
                     Ok(_) = interrupted.wait_for(|is_so| *is_so) => Copied::failed(place, "interrupted".to_owned()),
                 }
             }
@@ -118,22 +118,8 @@ impl Copies {
     }
 }
 
-async fn copy(
-    place: &Place,
-    first: &Repository,
-    image: &ImageName,
-    progress: &(dyn Fn(ByteLen) + Send + Sync),
-) -> Result<SyncReport, CopiesError> {
-    let to = Repository::open_or_create(place.store.clone(), first.id()).await?;
-    // It may have been made by someone else since it was looked at.
-    if to.id() != first.id() {
-        return Err(CopiesError::OtherRepository { place: place.url.clone(), first: first.describe() });
-    }
-    Ok(sync(first, &to, Some(image), progress).await?)
-}
-
 impl Copied {
-    fn new(place: &Place, copied: Result<SyncReport, CopiesError>) -> Copied {
+    fn new(place: &Place, copied: Result<SyncReport, RepoError>) -> Copied {
         let report = match copied {
             Ok(report) => report,
             Err(error) => return Copied::failed(place, error.to_string()),

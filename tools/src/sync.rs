@@ -34,8 +34,6 @@ pub enum Error {
     Url(#[from] UrlError),
     #[error(transparent)]
     Repo(#[from] RepoError),
-    #[error("{to} is another repository than {from}: only copies of one repository can be kept the same")]
-    OtherRepository { from: String, to: String },
     #[error("not a fast-forward: {} has moved on by itself there", .0.join(", "))]
     Diverged(Vec<String>),
     #[error("can't start: {0}")]
@@ -48,7 +46,7 @@ impl Error {
     /// What to do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Error::OtherRepository { .. } => Some("sync to a new place".to_owned()),
+            Error::Repo(RepoError::OtherRepository { .. }) => Some("sync to a new place".to_owned()),
             Error::Diverged(_) => Some("everything else was copied; bring that branch here first".to_owned()),
             Error::Repo(RepoError::Store(error)) if error.is_transient() => {
                 Some("run it again: what was copied already is not copied twice".to_owned())
@@ -68,11 +66,8 @@ impl Sync {
         let progress = |bytes: ByteLen| spinner.inc(bytes.0);
         let report = runtime.block_on(async {
             let from = Repository::open(store::url::open(&self.from)?).await?;
-            let to = Repository::open_or_create(store::url::open(&self.to)?, from.id()).await?;
-            if to.id() != from.id() {
-                return Err(Error::OtherRepository { from: from.describe(), to: to.describe() });
-            }
-            Ok(sync(&from, &to, self.name.as_ref(), &progress).await?)
+            let to = store::url::open(&self.to)?;
+            Ok::<_, Error>(sync(&from, to, self.name.as_ref(), &progress).await?)
         })?;
         spinner.finish_and_clear();
         print(&report, began.elapsed(), self.json)?;
