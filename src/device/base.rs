@@ -57,7 +57,7 @@ pub enum BaseError {
 }
 
 impl BaseError {
-    /// The first byte that can't be read.
+    /// Where what can't be read begins.
     pub fn at(&self) -> ByteOffset {
         match self {
             BaseError::Map { at, .. } | BaseError::Chunk { at, .. } => *at,
