@@ -3,12 +3,11 @@
 //! Debian 12's (16.2) takes If-Match only with a tag without quotes. Slow to set up and large to install, so the soak has it.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use super::weed::{ACCESS_KEY, BUCKET, SECRET_KEY, client_at, free_ports};
-use super::{need, run, until};
+use super::{log_ends, need, run, until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const OSDS: usize = 3;
@@ -149,13 +148,7 @@ rgw frontends = beast endpoint=127.0.0.1:{gateway} tcp_nodelay=1
     }
 
     fn logs(&self) -> String {
-        let end = |path: &Path| {
-            let log = std::fs::read_to_string(path).unwrap_or_default();
-            let start = log.char_indices().rev().nth(1000).map_or(0, |(at, _)| at);
-            format!("{}:\n{}\n", path.display(), &log[start..])
-        };
-        let files = std::fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().path());
-        files.filter(|path| path.extension().is_some_and(|end| end == "log")).map(|path| end(&path)).collect()
+        log_ends(self.dir.path())
     }
 }
 

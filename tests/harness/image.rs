@@ -26,6 +26,22 @@ pub fn noise(seed: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
+/// The images of a repository by name; none where there is no repository.
+pub fn images(repo: &Path) -> Vec<String> {
+    let Ok(dir) = std::fs::read_dir(repo.join("images")) else { return Vec::new() };
+    // One that was begun and not finished has no ref.
+    dir.map(|entry| entry.unwrap())
+        .filter(|entry| entry.path().join("refs/heads/main").exists())
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect()
+}
+
+/// What `image-from-dir` says when it refuses.
+#[track_caller]
+pub fn image_refused(args: &[&str], dir: &Path, repo: &Path) -> String {
+    run(cli().arg("image-from-dir").args(args).arg(dir).arg(repo)).refused()
+}
+
 impl Image {
     /// Where [`Image::sparse`] has nothing: whole blocks and a piece of one.
     pub const HOLES: [Range<usize>; 2] = [5 * MIB..11 * MIB + 512 * 1024, 14 * MIB..16 * MIB];

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 pub use client::{Answer, Client, Reading};
 pub use guest::{Guest, guests};
-pub use image::{Image, PAGE, noise};
+pub use image::{Image, PAGE, image_refused, images, noise};
 pub use server::{Serve, Server};
 pub use tmpfs::Tmpfs;
 
@@ -142,6 +142,23 @@ pub fn can(possible: bool, reason: &str) -> bool {
         eprintln!("SKIPPED: {reason}");
     }
     possible
+}
+
+/// The ends of the logs in a directory, for who must say why a server there did not come up.
+pub fn log_ends(dir: &Path) -> String {
+    let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let logs = files.filter(|path| path.extension().is_some_and(|end| end == "log"));
+    logs.map(|path| {
+        let log = std::fs::read_to_string(&path).unwrap_or_default();
+        let start = log.char_indices().rev().nth(1000).map_or(0, |(at, _)| at);
+        format!("{}:\n{}\n", path.display(), &log[start..])
+    })
+    .collect()
+}
+
+/// A program that `make tools` fetches.
+pub fn fetched(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin").join(name)
 }
 
 /// Whether the long form of a test is asked for.

@@ -6,18 +6,13 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use super::weed::{ACCESS_KEY, BUCKET, SECRET_KEY};
-use super::{can, until};
+use super::{can, fetched, until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where `make tools` puts it.
-fn program() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin/rclone")
-}
-
 /// Whether it can be run here; skipped, or failed in CI.
 pub fn rclone() -> bool {
-    can(program().is_file(), "rclone is missing; `make tools` fetches it")
+    can(fetched("rclone").is_file(), "rclone is missing; `make tools` fetches it")
 }
 
 /// A running server with an empty bucket. It is killed when dropped, and its data goes.
@@ -32,7 +27,7 @@ impl Rclone {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join(BUCKET)).unwrap();
         let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
-        let mut command = Command::new(program());
+        let mut command = Command::new(fetched("rclone"));
         command.args(["serve", "s3", "--config=", "--addr", &address.to_string()]);
         command.args(["--auth-key", &format!("{ACCESS_KEY},{SECRET_KEY}")]).arg(dir.path());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());

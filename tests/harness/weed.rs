@@ -1,7 +1,6 @@
 //! A real, distributed S3 server: SeaweedFS, as a process.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -9,7 +8,7 @@ use aws_sdk_s3::Client;
 use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use rand::Rng;
 
-use super::{can, until};
+use super::{can, fetched, until};
 
 /// What the one identity of the server is called, and its secret: what must never be seen anywhere.
 pub const ACCESS_KEY: &str = "AKIDHORCRUXTEST";
@@ -22,14 +21,9 @@ pub const BUCKET: &str = "volumes";
 /// From start to the first answer it takes some 5 s.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// Where `make tools` puts the server.
-pub(super) fn program() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin/weed")
-}
-
 /// Whether the server can be run here; skipped, or failed in CI.
 pub fn weed() -> bool {
-    can(program().is_file(), "SeaweedFS is missing; `make tools` fetches it")
+    can(fetched("weed").is_file(), "SeaweedFS is missing; `make tools` fetches it")
 }
 
 /// A running server with an empty bucket. It is killed when dropped, and its data goes.
@@ -52,7 +46,7 @@ impl Weed {
         std::fs::create_dir(dir.path().join("data")).unwrap();
         let log = std::fs::File::create(dir.path().join("log")).unwrap();
         let [master, volume, filer, s3] = free_ports();
-        let mut command = Command::new(program());
+        let mut command = Command::new(fetched("weed"));
         command.arg("server").arg(format!("-dir={}", dir.path().join("data").display()));
         command.args([
             "-ip=127.0.0.1",

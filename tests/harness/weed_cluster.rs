@@ -4,8 +4,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use super::until;
-use super::weed::{ACCESS_KEY, BUCKET, SECRET_KEY, client_at, free_ports, program};
+use super::weed::{ACCESS_KEY, BUCKET, SECRET_KEY, client_at, free_ports};
+use super::{fetched, log_ends, until};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const VOLUMES: usize = 3;
@@ -56,7 +56,7 @@ impl Cluster {
         let dir = self.dir.path().join(format!("{what}{number}"));
         std::fs::create_dir(&dir).unwrap();
         let log = std::fs::File::create(self.dir.path().join(format!("{what}{number}.log"))).unwrap();
-        let mut command = Command::new(program());
+        let mut command = Command::new(fetched("weed"));
         command.arg(what).args(["-ip=127.0.0.1", "-ip.bind=127.0.0.1"]);
         options(&mut command, dir.to_str().unwrap());
         command.current_dir(self.dir.path()).stdin(Stdio::null());
@@ -91,14 +91,7 @@ impl Cluster {
     }
 
     fn logs(&self) -> String {
-        let files = std::fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().path());
-        let logs = files.filter(|path| path.extension().is_some_and(|end| end == "log"));
-        logs.map(|path| {
-            let log = std::fs::read_to_string(&path).unwrap_or_default();
-            let start = log.char_indices().rev().nth(1000).map_or(0, |(at, _)| at);
-            format!("{}:\n{}\n", path.display(), &log[start..])
-        })
-        .collect()
+        log_ends(self.dir.path())
     }
 }
 
