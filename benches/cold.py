@@ -133,15 +133,16 @@ def measure_throughput(args, rig):
                 file.write(page(rng))
         harness.run(harness.CLI, "image-from-file", kind, raw, rig.near(f"repo-{kind}"), timeout=parts.LONG_S)
         stored = rig.weed.stored(f"repo-{kind}/images/{kind}/blocks/") / (size // CHUNK)
-        figures[kind] = {"stored": stored, "upload": [], "sequential": [], "random": [], "near": []}
+        figures[kind] = {"stored": stored, "upload": [], "sequential": [], "random": [], "near": [], "curl": []}
     for number in range(args.rounds):
         for kind in PAGES:
             figures[kind]["upload"].append(upload(rig, kind, number))
             figures[kind]["sequential"].append(sequential(rig, kind))
             figures[kind]["random"].append(random_reads(rig, kind, size))
             figures[kind]["near"].append(random_reads(rig, kind, size, rig.near))
+            figures[kind]["curl"].append(ranges_by_curl(rig, kind, size, int(figures[kind]["stored"])))
             harness.progress(f"round {number + 1}: {kind}: " + ", ".join(
-                f"{what} {figures[kind][what][-1][0]:.2f} s" for what in ("upload", "sequential", "random", "near")))
+                f"{what} {figures[kind][what][-1][0]:.2f} s" for what in ("upload", "sequential", "random", "near", "curl")))
     return figures
 
 
@@ -196,6 +197,25 @@ def random_reads(rig, kind, size, way=None, chunk_len=CHUNK, name=None):
         # It counts what it sent, and does not wait for the last of it.
         answered = len(chunks) - (DEPTH - 1)
         return job["read"]["runtime"] / 1e3, answered, counts["requests"], server.peak_rss_mib()
+
+
+def ranges_by_curl(rig, kind, size, length):
+    """As many ranges as `random_reads` reads, each as long as a stored chunk, by curl, DEPTH at a time: what line, store and machine allow."""
+    objects = rig.weed.objects(f"repo-{kind}/images/{kind}/blocks/")
+    reads = size // CHUNK // 2
+    script = os.path.join(rig.work, "ranges.curl")
+    with open(script, "w") as file:
+        for number in range(reads):
+            key, stored = random.choice(objects)
+            at = random.randrange(stored - length)
+            file.write(f'{"next" if number else ""}\nurl = "{rig.far_object(key)}"\nrange = "{at}-{at + length - 1}"\noutput = "/dev/null"\nfail\n')
+    rig.line.reset()
+    start = time.monotonic()
+    harness.run("curl", "-sS", "--parallel", "--parallel-immediate", "--parallel-max", str(DEPTH), "--config", script, timeout=parts.LONG_S)
+    seconds, counts = time.monotonic() - start, rig.line.count()
+    if counts["down"] < reads * length:
+        sys.exit(f"curl fetched {counts['down']} bytes, not {reads * length}")
+    return seconds, reads
 
 
 def measure_chunks(args, rig):
@@ -284,9 +304,14 @@ def report_throughput(args, figures):
     print(f"\n{args.noise_mib} MiB of data that does not compress (noise) and of data that does (text). Stored for each chunk of 128 KiB: {stored}.")
     print(f"MB/s are of the disk; % of the line is what went through it by time. Random reads: {args.noise_mib * 4}, each in a chunk of its own, so")
     print(f"each must fetch; the bound is min({DEPTH} / round trip, line / stored bytes of a chunk).")
+    by_curl = {kind: harness.spread([n / s for s, n in of["curl"]], "{:.0f}") for kind, of in figures.items()}
+    shares = {kind: harness.spread([100 * (ours[1] / ours[0]) / (n / s) for ours, (s, n) in zip(of["random"], of["curl"])], "{:.0f}")
+              for kind, of in figures.items()}
     near = {kind: harness.spread([n / s for s, n, *_ in of["near"]], "{:.0f}") for kind, of in figures.items()}
     print("It leaves out what this machine does for each, server and object store on the same cores: without the line the same reads reach "
-          + "; ".join(f"{kind} {iops} IOPS" for kind, iops in near.items()) + ".\n")
+          + "; ".join(f"{kind} {iops} IOPS" for kind, iops in near.items()) + ".")
+    print(f"Through the line curl, which checks and signs nothing, fetches as many ranges of that length, {DEPTH} at a time, at "
+          + "; ".join(f"{kind} {iops} a second, of which the random reads reach {shares[kind]}%" for kind, iops in by_curl.items()) + ".\n")
     harness.table(["what", "speed", "bound", "% of it", "requests", "peak RSS, MiB"], rows)
 
 
@@ -297,7 +322,7 @@ def main():
     parser.add_argument("--scale", type=int, help="pgbench's; default: 140, which is 2.1 GiB")
     parser.add_argument("--rtt-ms", type=float, default=20)
     parser.add_argument("--mbytes-per-s", type=float, default=50)
-    parser.add_argument("--noise-mib", type=int, help="of each of the two throughput images; default: 512")
+    parser.add_argument("--noise-mib", type=int, help="of each of the two throughput images; default: 1024")
     parser.add_argument("--starts", help="a list with semicolons; default: all; none: throughput only")
     parser.add_argument("--no-throughput", action="store_true")
     parser.add_argument("--chunks", metavar="LENS", help="compare lengths of chunks instead, as 64K,128K,1M")
@@ -305,7 +330,7 @@ def main():
     parser.add_argument("--dir", help="where everything else goes (default: the temporary directory)")
     parser.add_argument("--json", help="a file for the raw figures")
     args = parser.parse_args()
-    defaults = (10, 1, 64) if args.quick else (140, 5, 512)
+    defaults = (10, 1, 64) if args.quick else (140, 5, 1024)
     args.scale, args.rounds, args.noise_mib = (
         given or default for given, default in zip((args.scale, args.rounds, args.noise_mib), defaults))
     lacking = list(parts.missing())

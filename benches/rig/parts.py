@@ -166,16 +166,21 @@ class Weed(Process):
 
     def stored(self, prefix):
         """Bytes of the objects below a prefix."""
-        total, after = 0, ""
+        return sum(size for _, size in self.objects(prefix))
+
+    def objects(self, prefix):
+        """(key, bytes) of the objects below a prefix."""
+        found, after = [], ""
         while True:
             listing = self.request("GET", f"{BUCKET}?list-type=2&prefix={prefix}&start-after={after}")
             if listing is None:
                 sys.exit(f"SeaweedFS does not list {prefix}")
             listing = listing.decode()
-            total += sum(map(int, re.findall(r"<Size>(\d+)</Size>", listing)))
+            keys = re.findall(r"<Key>([^<]*)</Key>", listing)
+            found += zip(keys, map(int, re.findall(r"<Size>(\d+)</Size>", listing)), strict=True)
             if "<IsTruncated>true" not in listing:
-                return total
-            after = re.findall(r"<Key>([^<]*)</Key>", listing)[-1]
+                return found
+            after = keys[-1]
 
     def end(self, how=signal.SIGKILL, limit=LIMIT_S):
         # Nothing of it is kept, and SIGTERM takes it long.
