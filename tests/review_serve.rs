@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use horcrux::cache::{Cache, CacheOptions, MIN_LIMIT};
-use horcrux::nbd::{Endpoint, Export, Listener, Server, ServerOptions};
+use horcrux::nbd::{Endpoint, Export, Exports, Listener, Server, ServerOptions};
 use horcrux::repo::Repository;
 use horcrux::store::counting::Method;
 use horcrux::store::fault::Fault;
@@ -104,7 +104,11 @@ fn serve(
     let listener = Listener::bind(&Endpoint::Unix(socket.to_owned())).unwrap();
     drop(entered);
     let export = Arc::new(Export::new("A".into(), String::new(), volume.device().clone()));
-    let server = Server::new(vec![export], vec![listener], ServerOptions::default()).unwrap();
+    let server = {
+        let exports = Arc::new(Exports::default());
+        exports.add(export).unwrap();
+        Server::new(exports, vec![listener], ServerOptions::default())
+    };
     runtime.spawn(server.run(stop.clone()))
 }
 

@@ -19,7 +19,6 @@ use rustix::io::Errno as SystemError;
 use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use tokio::runtime::Handle;
-use tokio_util::sync::CancellationToken;
 
 use super::export::Export;
 use super::handshake::Chosen;
@@ -117,16 +116,15 @@ struct Connection {
     unheard: Option<End>,
 }
 
-/// Serves the client until it is done, vanishes, or `stop` is called (and [`super::peers::Peers::wake_all`] after it); then finishes what is in flight. Requests that must
-/// wait run on `shared`. Blocks: for a thread of its own.
-pub fn run(
-    socket: OwnedFd,
-    chosen: Chosen,
-    shared: Handle,
-    stop: &CancellationToken,
-) -> Result<End, ConnectionError> {
+/// Serves the client until it is done, vanishes, or the export is stopped; then finishes what is in flight. Requests that must wait run on `shared`. Blocks: for a thread of
+/// its own.
+pub fn run(socket: OwnedFd, chosen: Chosen, shared: Handle) -> Result<End, ConnectionError> {
     let Chosen { negotiated, export, input } = chosen;
     let membership = export.peers().join(socket.try_clone()?);
+    if export.stopping().is_cancelled() {
+        // Whoever stopped it may not have seen this one join: it must not begin.
+        return Ok(End::Stopped);
+    }
     // Only root may have more than the system's limit; whatever it is, it works.
     let _ = set_socket_send_buffer_size_force(&socket, SEND_BUFFER)
         .or_else(|_| set_socket_send_buffer_size(&socket, SEND_BUFFER));
@@ -156,11 +154,11 @@ pub fn run(
         is_busy: false,
         unheard: None,
     };
-    connection.serve(stop)
+    connection.serve()
 }
 
 impl Connection {
-    fn serve(&mut self, stop: &CancellationToken) -> Result<End, ConnectionError> {
+    fn serve(&mut self) -> Result<End, ConnectionError> {
         let mut end = None;
         let mut finished = Vec::new();
         loop {
@@ -184,7 +182,7 @@ impl Connection {
             }
             if self.decoder.is_closed() {
                 end.get_or_insert(End::Disconnected);
-            } else if stop.is_cancelled() {
+            } else if self.export.stopping().is_cancelled() {
                 end.get_or_insert(End::Stopped);
             }
             if let Some(end) = end
@@ -201,7 +199,7 @@ impl Connection {
             match self.wait(wants_input) {
                 Ok(true) => {}
                 // A stop shuts the socket for reading; that is not the client.
-                Ok(false) if stop.is_cancelled() => {}
+                Ok(false) if self.export.stopping().is_cancelled() => {}
                 Ok(false) => return Ok(self.closed()),
                 Err(error) if is_gone(&error) && wants_input && self.unheard.is_some() => {
                     return Ok(self.closed());

@@ -35,6 +35,9 @@ pub enum ServeError {
         /// The name.
         name: String,
     },
+    /// Something is to be served that comes too late.
+    #[error("the server is stopping")]
+    Stopping,
     /// A thread could not be started.
     #[error("can't start a thread: {0}")]
     Thread(io::Error),

@@ -1,10 +1,11 @@
 //! Exports: what clients see of a device.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use nbd_proto::{BlockSizes, ExportInfo, TransmissionFlags};
+use tokio_util::sync::CancellationToken;
 
 use crate::device::{Device, DeviceError};
 
@@ -29,6 +30,11 @@ pub struct Export {
     description: String,
     device: Arc<Device>,
     peers: Arc<Peers>,
+    stopping: CancellationToken,
+    /// A commit nobody asked for is under way.
+    committing: AtomicBool,
+    /// The last one failed, and that was logged.
+    commit_failed: AtomicBool,
     opened: Instant,
     /// Milliseconds after `opened` of the last failure that was logged, plus one.
     last_failure_ms: AtomicU64,
@@ -43,6 +49,9 @@ impl Export {
             description,
             device,
             peers: Arc::default(),
+            stopping: CancellationToken::new(),
+            committing: AtomicBool::new(false),
+            commit_failed: AtomicBool::new(false),
             opened: Instant::now(),
             last_failure_ms: AtomicU64::new(0),
             unlogged_failures: AtomicU64::new(0),
@@ -67,6 +76,50 @@ impl Export {
     /// Who is connected to it.
     pub(super) fn peers(&self) -> &Arc<Peers> {
         &self.peers
+    }
+
+    /// Cancelled when it is served no more.
+    pub(super) fn stopping(&self) -> &CancellationToken {
+        &self.stopping
+    }
+
+    /// Serves it no more: its connections end after what they have in flight, and none begins.
+    pub(super) fn stop(&self) {
+        // In this order: who is woken must see why.
+        self.stopping.cancel();
+        self.peers.wake_all();
+    }
+
+    /// The last flush, after the last connection.
+    pub(super) async fn flush_at_end(&self) -> Result<(), DeviceError> {
+        let device = self.device.clone();
+        let flushed = tokio::task::spawn_blocking(move || device.flush()).await;
+        // One that panicked flushed nothing either.
+        let flushed = flushed.unwrap_or(Err(DeviceError::Stopped));
+        if let Err(error) = &flushed {
+            tracing::error!(export = %self.name, %error, "the last flush failed");
+        }
+        flushed
+    }
+
+    /// Commits what nobody flushed, if there is any and no such commit is under way.
+    pub(super) async fn commit_unflushed(&self) {
+        if !self.device.delta().is_some_and(|delta| delta.has_pending())
+            || self.committing.swap(true, Ordering::AcqRel)
+        {
+            return;
+        }
+        let device = self.device.clone();
+        let flushed = tokio::task::spawn_blocking(move || device.flush()).await;
+        self.committing.store(false, Ordering::Release);
+        match flushed {
+            Ok(Err(error)) if !self.commit_failed.swap(true, Ordering::Relaxed) => {
+                // Once: the client is told by its own flushes.
+                tracing::warn!(export = %self.name, %error, "can't commit");
+            }
+            Ok(Ok(())) => self.commit_failed.store(false, Ordering::Relaxed),
+            _ => {}
+        }
     }
 
     /// What the handshake tells of it.

@@ -2,7 +2,6 @@
 //!
 //! Invariant: it ends within its limit of time, whatever the client does or does not send.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,12 +11,10 @@ use nbd_proto::server::{Config, Event, Handshake, Negotiated, Refusal, StreamErr
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::export::Export;
+use super::exports::{Exports, NotServed};
 use super::listener::Stream;
 
 const READ_BUFFER: usize = 4 << 10;
-
-/// The exports of a server, by name.
-pub type Exports = BTreeMap<String, Arc<Export>>;
 
 /// A handshake that came to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -50,17 +47,10 @@ pub async fn run(
     tokio::time::timeout(limit, conversation).await.map_err(|_| HandshakeError::Timeout(limit))?
 }
 
-/// The export of a name; the empty name is the only one there is, if there is only one.
-fn find<'a>(exports: &'a Exports, name: &str) -> Option<&'a Arc<Export>> {
-    match exports.get(name) {
-        None if name.is_empty() && exports.len() == 1 => exports.values().next(),
-        found => found,
-    }
-}
-
 async fn converse(stream: &mut Stream, exports: &Exports) -> Result<Option<Chosen>, HandshakeError> {
     let mut machine = Handshake::new(Config::default());
     let mut input = BytesMut::with_capacity(READ_BUFFER);
+    let mut found: Option<(String, Arc<Export>)> = None;
     loop {
         let fed = machine.handle_input(&input);
         if let Ok(used) = fed {
@@ -71,19 +61,27 @@ async fn converse(stream: &mut Stream, exports: &Exports) -> Result<Option<Chose
         while let Some(event) = machine.poll_event() {
             progressed = true;
             match event {
-                Event::Lookup(lookup) => match find(exports, &lookup.name) {
-                    Some(export) => machine.accept(&export.info()),
-                    None => machine.refuse(Refusal::Unknown, &unknown(exports, &lookup.name))?,
+                Event::Lookup(lookup) => match exports.find(&lookup.name).await {
+                    Ok(export) => {
+                        machine.accept(&export.info());
+                        found = Some((lookup.name, export));
+                    }
+                    Err(NotServed::Unavailable(why)) => machine.refuse(Refusal::Unknown, &why)?,
+                    Err(NotServed::Stopping) => {
+                        machine.refuse(Refusal::Shutdown, "the server is stopping")?
+                    }
                 },
                 Event::List => {
-                    machine.list(exports.values().map(|export| (export.name(), export.description())));
+                    let all = exports.list();
+                    machine.list(all.iter().map(|(name, description)| (name.as_str(), description.as_str())));
                 }
                 // Not offered in the configuration, so it can't come.
                 Event::StartTls => return Ok(None),
                 Event::Aborted => done = Some(None),
                 Event::Done(negotiated) => {
-                    let export = find(exports, &negotiated.name).cloned();
-                    done = Some(export.map(|export| (negotiated, export)));
+                    // The one its facts were told of, whatever has come under its name since.
+                    let export = found.take().filter(|(name, _)| *name == negotiated.name);
+                    done = Some(export.map(|(_, export)| (negotiated, export)));
                 }
             }
         }
@@ -102,12 +100,4 @@ async fn converse(stream: &mut Stream, exports: &Exports) -> Result<Option<Chose
             return Ok(None);
         }
     }
-}
-
-fn unknown(exports: &Exports, name: &str) -> String {
-    /// Names in a message: enough to see a typing error, few enough for one line.
-    const MOST: usize = 8;
-    let names: Vec<&str> = exports.keys().map(String::as_str).take(MOST).collect();
-    let more = if exports.len() > MOST { ", ..." } else { "" };
-    format!("no export '{name}'; there is: {}{more}", names.join(", "))
 }

@@ -10,6 +10,7 @@
 mod connection;
 mod error;
 mod export;
+mod exports;
 mod handshake;
 mod listener;
 mod mailbox;
@@ -22,5 +23,6 @@ mod server;
 
 pub use error::ServeError;
 pub use export::Export;
+pub use exports::{Dormant, Exports};
 pub use listener::{Endpoint, Listener};
 pub use server::{Server, ServerOptions};

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::sync::Notify;
 
 use crate::device::Fence;
 
@@ -27,6 +28,7 @@ pub struct Peer {
 pub struct Peers {
     all: Mutex<Vec<Arc<Peer>>>,
     count: AtomicUsize,
+    emptied: Notify,
 }
 
 /// A connection's place among the peers; leaves it when dropped.
@@ -48,6 +50,25 @@ impl Peers {
     /// How many there are.
     pub fn count(&self) -> usize {
         self.count.load(Ordering::Acquire)
+    }
+
+    /// Waits until there are none.
+    pub async fn empty(&self) {
+        loop {
+            let mut emptied = std::pin::pin!(self.emptied.notified());
+            // From here on no notification is missed, so the count may be looked at.
+            emptied.as_mut().enable();
+            if self.count() == 0 {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
+    /// Closes every fence: what is still under way changes nothing any more. Blocks for as long as one write to the delta takes.
+    pub fn fence_all(&self) {
+        let all: Vec<_> = self.all.lock().clone();
+        all.iter().for_each(|peer| peer.fence.close());
     }
 
     /// Ends every connection's wait for its client: for a stop, after everyone can see that it is one.
@@ -104,6 +125,9 @@ impl Drop for Membership {
         let mut all = self.peers.all.lock();
         all.retain(|peer| !Arc::ptr_eq(peer, &self.peer));
         self.peers.count.store(all.len(), Ordering::Release);
+        if all.is_empty() {
+            self.peers.emptied.notify_waiters();
+        }
     }
 }
 

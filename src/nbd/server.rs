@@ -12,12 +12,10 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::device::DeviceError;
-
 use super::connection::{self, ConnectionError, End};
 use super::error::ServeError;
-use super::export::Export;
-use super::handshake::{self, Chosen, Exports, HandshakeError};
+use super::exports::Exports;
+use super::handshake::{self, Chosen, HandshakeError};
 use super::listener::{Accepted, Listener};
 
 /// Connections at a time, over all exports; more wait to be accepted.
@@ -52,20 +50,9 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server of these exports, each under its own name.
-    pub fn new(
-        exports: Vec<Arc<Export>>,
-        listeners: Vec<Listener>,
-        options: ServerOptions,
-    ) -> Result<Server, ServeError> {
-        let mut by_name = Exports::new();
-        for export in exports {
-            let name = export.name().to_owned();
-            if by_name.insert(name.clone(), export).is_some() {
-                return Err(ServeError::NameTwice { name });
-            }
-        }
-        Ok(Server { exports: Arc::new(by_name), listeners, options })
+    /// A server of these exports, which may come and go while it runs.
+    pub fn new(exports: Arc<Exports>, listeners: Vec<Listener>, options: ServerOptions) -> Server {
+        Server { exports, listeners, options }
     }
 
     /// Serves until `stop` is cancelled; then accepts no more, finishes what is in flight, flushes and returns how many flushes failed.
@@ -83,25 +70,17 @@ impl Server {
             };
             loops.spawn(accept(listener, accepting));
         }
-        for export in self.exports.values() {
-            loops.spawn(commit_regularly(export.clone(), stop.clone()));
-        }
+        loops.spawn(commit_regularly(self.exports.clone(), stop.clone()));
         while loops.join_next().await.is_some() {}
         connections.close();
         // No connection begins any more that does not see the stop; those that wait for their clients are woken.
-        self.exports.values().for_each(|export| export.peers().wake_all());
+        let exports = self.exports.close();
         if tokio::time::timeout(self.options.grace, connections.wait()).await.is_err() {
             tracing::warn!(left = connections.len(), "connections did not end in time");
         }
         let mut failed = 0;
-        for export in self.exports.values() {
-            let flushing = export.clone();
-            let flushed = tokio::task::spawn_blocking(move || flushing.device().flush()).await;
-            // One that panicked flushed nothing either.
-            if let Err(error) = flushed.unwrap_or(Err(DeviceError::Stopped)) {
-                tracing::error!(export = export.name(), %error, "the last flush failed");
-                failed += 1;
-            }
+        for export in exports {
+            failed += usize::from(export.flush_at_end().await.is_err());
         }
         failed
     }
@@ -181,7 +160,7 @@ impl Client {
         };
         let thread = std::thread::Builder::new().name("nbd-connection".to_owned()).stack_size(STACK);
         let spawned = thread.spawn(move || {
-            serve(&client, socket, chosen, self.shared, &self.stop);
+            serve(&client, socket, chosen, self.shared);
             drop(kept);
         });
         if let Err(error) = spawned {
@@ -191,10 +170,10 @@ impl Client {
 }
 
 /// A connection's thread.
-fn serve(client: &str, socket: OwnedFd, chosen: Chosen, shared: Handle, stop: &CancellationToken) {
+fn serve(client: &str, socket: OwnedFd, chosen: Chosen, shared: Handle) {
     let export = chosen.export.name().to_owned();
     tracing::info!(client, export, mode = ?chosen.negotiated.mode, "connected");
-    match connection::run(socket, chosen, shared, stop) {
+    match connection::run(socket, chosen, shared) {
         Ok(End::Vanished) => tracing::warn!(client, export, "the client vanished with requests under way"),
         Ok(end) => tracing::info!(client, export, ?end, "connection closed"),
         Err(ConnectionError::Protocol(error)) => {
@@ -205,26 +184,15 @@ fn serve(client: &str, socket: OwnedFd, chosen: Chosen, shared: Handle, stop: &C
 }
 
 /// Commits what nobody flushes, so that a crash loses seconds and not hours, and the log in memory stays short.
-async fn commit_regularly(export: Arc<Export>, stop: CancellationToken) {
-    let mut full = false;
+async fn commit_regularly(exports: Arc<Exports>, stop: CancellationToken) {
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(COMMIT_EVERY) => {}
         }
-        let device = export.device().clone();
-        if !device.delta().is_some_and(|delta| delta.has_pending()) {
-            continue;
-        }
-        let flushed = tokio::task::spawn_blocking(move || device.flush()).await;
-        match flushed {
-            Ok(Err(error)) if !full => {
-                // Once: the client is told by its own flushes.
-                tracing::warn!(export = export.name(), %error, "can't commit");
-                full = true;
-            }
-            Ok(Ok(())) => full = false,
-            _ => {}
+        for export in exports.all_open() {
+            // One that takes long holds up nobody else's.
+            tokio::spawn(async move { export.commit_unflushed().await });
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use horcrux::cache::{Cache, CacheError, CacheOptions};
-use horcrux::nbd::{Endpoint, Export, Listener, ServeError, Server, ServerOptions};
+use horcrux::nbd::{Endpoint, Export, Exports, Listener, ServeError, Server, ServerOptions};
 use horcrux::repo::{ImageName, Reference, RepoError, Repository};
 use horcrux::store::{self, MirrorStore, RepositoryUrl, RetryOptions, RetryStore, Store, UrlError};
 use horcrux::units::ByteLen;
@@ -163,11 +163,12 @@ async fn serve(args: Args) -> Result<(), Error> {
         volumes.push(Arc::new(volume));
     }
 
-    let exports = volumes.iter().map(|volume| export(volume)).collect();
+    let exports = Arc::new(Exports::default());
+    volumes.iter().try_for_each(|volume| exports.add(export(volume)))?;
     announce(&volumes, &listeners).map_err(|error| Error::System("tell where it listens", error))?;
     let handshake_limit = Duration::from_secs(args.handshake_limit);
     let options = ServerOptions { handshake_limit, ..ServerOptions::default() };
-    let server = Server::new(exports, listeners, options)?;
+    let server = Server::new(exports, listeners, options);
     let fetching: Vec<_> = volumes
         .iter()
         .map(|volume| {
