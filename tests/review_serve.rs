@@ -34,8 +34,8 @@ fn repository_on(runtime: &Runtime, store: Arc<dyn Store>) -> Repository {
 fn volume(runtime: &Runtime, repo: &Repository, state: &Path) -> Result<Volume, VolumeError> {
     let state = StateDir::open(state)?;
     let cache = Cache::open(&state.cache_dir(), CacheOptions::new(MIN_LIMIT)).unwrap();
-    let source = Source { access: "mem".into(), image: common::image("A"), reference: None };
-    runtime.block_on(Volume::open(&state, &cache, repo, &source, false))
+    let source = Source { access: vec!["mem".into()], image: common::image("A"), reference: None };
+    runtime.block_on(Volume::of_image(&state, &cache, repo, &source, false))
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use super::ssh::Local;
-use super::{DirStore, RetryOptions, RetryStore, S3Place, S3Store, SshPlace, SshStore, Store};
+use super::{DirStore, MirrorStore, RetryOptions, RetryStore, S3Place, S3Store, SshPlace, SshStore, Store};
 
 /// The forms this build opens, for messages.
 const KNOWN_FORMS: &str = "/dir, file:///dir, cp:///dir, scp://[user@]host[:port]/dir, s3://bucket[/prefix][?region=R&endpoint=URL], minio://host:port/bucket[/prefix]";
@@ -105,6 +105,19 @@ pub fn lasting(url: &str) -> Result<String, UrlError> {
         }
         _ => Ok(url.to_owned()),
     }
+}
+
+/// The place these URLs name, or the copies of one repository in several as one store: they are tried in turn, and all again while none works. Touches nothing yet.
+pub fn open_all<U: AsRef<str>>(urls: &[U], options: RetryOptions) -> Result<Arc<dyn Store>, UrlError> {
+    let places = urls.iter().map(|url| url.as_ref().parse()).collect::<Result<Vec<RepositoryUrl>, _>>()?;
+    Ok(match places.as_slice() {
+        [] => return Err(UrlError::Empty),
+        [one] => one.open_with(options),
+        several => {
+            let copies = several.iter().map(RepositoryUrl::open_bare).collect();
+            Arc::new(RetryStore::new(Arc::new(MirrorStore::new(copies)), options))
+        }
+    })
 }
 
 /// The store that a URL names. Touches nothing yet.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::delta::DeltaError;
 use crate::device::BaseError;
+use crate::format::commit::MAX_DEVICE_SIZE;
 use crate::format::{ChunkId, CommitId};
 use crate::lock::LockError;
 use crate::repo::RepoError;
@@ -47,6 +48,44 @@ pub enum VolumeError {
         path: PathBuf,
         /// What is wrong with it.
         problem: String,
+    },
+    /// Not a name for a volume.
+    #[error("'{text}' can't be a volume's name: {why}")]
+    BadName {
+        /// What was given.
+        text: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// There is a volume of this name that was made of other wishes.
+    #[error("there is a volume {volume} already, with {option} {has}, not {asked}")]
+    NameTaken {
+        /// The name.
+        volume: String,
+        /// What is different.
+        option: &'static str,
+        /// What it is made with.
+        has: String,
+        /// What was asked for.
+        asked: String,
+    },
+    /// A device can't be smaller than what is on it.
+    #[error("volume {volume} can't have {}: its image has {}", asked.human(), image.human())]
+    SmallerThanImage {
+        /// The volume.
+        volume: String,
+        /// The size asked for.
+        asked: ByteLen,
+        /// The image's size.
+        image: ByteLen,
+    },
+    /// No device is that large.
+    #[error("volume {volume} can't have {}: a device has at most {}", asked.human(), MAX_DEVICE_SIZE.human())]
+    TooLarge {
+        /// The volume.
+        volume: String,
+        /// The size asked for.
+        asked: ByteLen,
     },
     /// Which version is asked for can't be known now.
     #[error("volume {volume}: the repository is out of reach, so what {reference} stands for can't be known")]

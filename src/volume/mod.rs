@@ -3,29 +3,33 @@
 //! Enters: a state directory, a repository and which version of which image. Leaves: a [`Volume`] with its device. Invariant: a volume keeps its base commit
 //! as long as its delta holds anything; its directory is locked by whoever has it open.
 
+mod create;
 mod error;
+mod layers;
+mod name;
 pub mod pin;
 pub mod prefetch;
 mod record;
 mod state_dir;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use create::{NewVolume, remove};
 pub use error::VolumeError;
+use layers::Layers;
+pub use name::VolumeName;
 pub use prefetch::Prefetch;
+use record::Wanted;
 pub use record::{RECORD_FILE, VolumeRecord};
 pub use state_dir::{StateDir, default_state_dir, volume_dir};
 
 use crate::cache::Cache;
-use crate::delta::disk::OsDir;
-use crate::delta::{Delta, Identity, Layer, LayerId, VolumeId};
 use crate::device::{Base, Device};
 use crate::format::{CommitId, PrefetchList};
 use crate::lock::FileLock;
 use crate::repo::{ImageName, MetaCache, Reference, Repository, Version, VersionOptions};
-use crate::units::{ByteLen, PAGE_SIZE};
 
 /// How long a start waits for the repository where it could do without.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -33,12 +37,26 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Which version of which image a volume is to be a view of.
 #[derive(Clone, Debug)]
 pub struct Source {
-    /// The repository, as the user named it.
-    pub access: String,
+    /// Where the repository is, as the user named it: one place, or copies of it in several. Never empty.
+    pub access: Vec<String>,
     /// The image.
     pub image: ImageName,
     /// The version; `None` is the tip of the default branch, or what the volume has already.
     pub reference: Option<Reference>,
+}
+
+impl Source {
+    fn wanted(&self) -> Wanted {
+        Wanted {
+            access: self.access.clone(),
+            image: self.image.to_string(),
+            reference: self.reference.as_ref().map(ToString::to_string),
+            size: None,
+            read_only: false,
+            prefetch: Prefetch::Learned,
+            quota: None,
+        }
+    }
 }
 
 /// A volume that is open.
@@ -57,7 +75,7 @@ pub struct Volume {
 
 impl Volume {
     /// Opens the volume named like its image, making it if it is not there. A read-only view of an image that has no volume here leaves nothing behind.
-    pub async fn open(
+    pub async fn of_image(
         state: &StateDir,
         cache: &Arc<Cache>,
         repository: &Repository,
@@ -71,58 +89,99 @@ impl Volume {
         let resolve = async |reference: &Reference| {
             repository.resolve(&source.image, reference, &meta).await.map(|resolved| resolved.commit)
         };
+        let Some(record) = recorded else {
+            let commit = resolve(&source.reference.clone().unwrap_or_default()).await?;
+            return Self::make(dir, cache, repository, source, commit, read_only).await;
+        };
+        record.check_repository(&name, source, repository)?;
+        let asked = source.reference.clone().unwrap_or_default();
+        // A repository that can't be reached now must not keep the volume from its user.
+        let resolved = tokio::time::timeout(PATIENCE, resolve(&asked)).await;
         let mut newer = None;
-        let commit = match (&recorded, &source.reference) {
-            (None, reference) => resolve(&reference.clone().unwrap_or_default()).await?,
-            (Some(record), reference) => {
-                record.check_repository(&name, source, repository)?;
-                let asked = reference.clone().unwrap_or_default();
-                // A repository that can't be reached now must not keep the volume from its user.
-                let resolved = tokio::time::timeout(PATIENCE, resolve(&asked)).await;
-                match (reference, resolved) {
-                    (Some(reference), Ok(Ok(asked))) => record.check_base(&name, reference, asked)?,
-                    (Some(reference), Err(_)) if record.is_of(reference) => {}
-                    (Some(reference), Ok(Err(error))) if error.is_away() && record.is_of(reference) => {}
-                    (Some(_), Ok(Err(error))) => return Err(error.into()),
-                    (Some(reference), Err(_)) => {
-                        let (volume, reference) = (name.clone(), reference.to_string());
-                        return Err(VolumeError::Away { volume, reference });
-                    }
-                    // For the message alone.
-                    (None, tip) => newer = tip.ok().and_then(Result::ok).filter(|tip| *tip != record.commit),
-                }
-                record.commit
+        match (&source.reference, resolved) {
+            (Some(reference), Ok(Ok(asked))) => record.check_base(&name, reference, asked)?,
+            (Some(reference), Err(_)) if record.is_of(reference) => {}
+            (Some(reference), Ok(Err(error))) if error.is_away() && record.is_of(reference) => {}
+            (Some(_), Ok(Err(error))) => return Err(error.into()),
+            (Some(reference), Err(_)) => {
+                let (volume, reference) = (name.clone(), reference.to_string());
+                return Err(VolumeError::Away { volume, reference });
             }
-        };
-        let opening =
-            Version::open(repository, &source.image, commit, meta.clone(), VersionOptions::default());
-        // Asked for at once: on a cold start every round trip counts. A volume that was here has its own.
-        let listing = async {
-            match recorded {
-                None => repository.prefetch_list(&source.image, commit).await.ok().flatten(),
-                Some(_) => None,
-            }
-        };
-        let (version, list) = tokio::join!(opening, listing);
-        let version = version?;
-        let size = version.commit().size;
-        let base = Base::new(version, cache.clone()).reading_ahead();
-        let record = recorded.clone().unwrap_or_else(|| VolumeRecord::new(source, repository, commit, size));
-        if recorded.is_none() && read_only {
-            let device = Arc::new(Device::new(base, None, size));
-            return Ok(Volume { name, record, device, newer, list, dir: None, _lock: None });
+            // For the message alone.
+            (None, tip) => newer = tip.ok().and_then(Result::ok).filter(|tip| *tip != record.commit),
         }
+        let volume = Self::open(state, cache, repository, &name, record, read_only).await?;
+        Ok(Volume { newer, ..volume })
+    }
+
+    /// Opens a volume that is here, as its record has it; `read_only` refuses writes to one that takes them.
+    pub async fn open(
+        state: &StateDir,
+        cache: &Arc<Cache>,
+        repository: &Repository,
+        name: &str,
+        record: VolumeRecord,
+        read_only: bool,
+    ) -> Result<Volume, VolumeError> {
+        let dir = state.volume_dir(name);
+        let image = record.image(&dir)?;
+        let (meta, options): (Arc<dyn MetaCache>, _) = (cache.clone(), VersionOptions::default());
+        let version = Version::open(repository, &image, record.commit, meta, options).await?;
         let opening = {
-            let (dir, name, record, is_new) = (dir.clone(), name.clone(), record.clone(), recorded.is_none());
-            move || open_delta(&dir, &name, &record, is_new)
+            let (dir, name, record) = (dir.clone(), name.to_owned(), record.clone());
+            move || Layers::open(&dir, &name, &record)
         };
-        let (lock, delta) =
-            tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
-        let device = Device::new(base, Some(delta), record.size);
-        let device = Arc::new(if read_only { device.into_read_only() } else { device });
-        let volume = Volume { name, record, device, newer, list, dir: Some(dir), _lock: Some(lock) };
+        let layers = tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
+        let read_only = read_only || record.read_only;
+        let volume = Self::over(version, cache, name, record, Some((dir, layers)), read_only);
         volume.keep_pinned(cache).await;
         Ok(volume)
+    }
+
+    /// Makes the volume named like its image, and opens it.
+    async fn make(
+        dir: PathBuf,
+        cache: &Arc<Cache>,
+        repository: &Repository,
+        source: &Source,
+        commit: CommitId,
+        read_only: bool,
+    ) -> Result<Volume, VolumeError> {
+        let name = source.image.to_string();
+        let (meta, options): (Arc<dyn MetaCache>, _) = (cache.clone(), VersionOptions::default());
+        // The list at once too: on a cold start every round trip counts.
+        let (version, list) = tokio::join!(
+            Version::open(repository, &source.image, commit, meta, options),
+            repository.prefetch_list(&source.image, commit),
+        );
+        let (version, list) = (version?, list.ok().flatten());
+        let record = VolumeRecord::new(source.wanted(), repository, commit, version.commit().size);
+        let layers = if read_only {
+            None
+        } else {
+            let (name, dir, record) = (name.clone(), dir.clone(), record.clone());
+            let making = move || Layers::make(&dir, &name, &record).map(|layers| (dir, layers));
+            Some(tokio::task::spawn_blocking(making).await.map_err(|_| VolumeError::Stopped)??)
+        };
+        Ok(Volume { list, ..Self::over(version, cache, &name, record, layers, read_only) })
+    }
+
+    fn over(
+        version: Version,
+        cache: &Arc<Cache>,
+        name: &str,
+        record: VolumeRecord,
+        layers: Option<(PathBuf, Layers)>,
+        read_only: bool,
+    ) -> Volume {
+        let base = Base::new(version, cache.clone()).reading_ahead();
+        let (dir, delta, lock) = match layers {
+            Some((dir, Layers { delta, lock })) => (Some(dir), Some(delta), Some(lock)),
+            None => (None, None, None),
+        };
+        let device = Device::new(base, delta, record.size);
+        let device = Arc::new(if read_only { device.into_read_only() } else { device });
+        Volume { name: name.to_owned(), record, device, newer: None, list: None, dir, _lock: lock }
     }
 
     /// Its name, which is its export's.
@@ -143,60 +202,6 @@ impl Volume {
     /// The tip of its branch, where that has moved on since the volume was made.
     pub fn newer(&self) -> Option<CommitId> {
         self.newer
-    }
-}
-
-/// Opens the layers of a volume, or makes the first one; blocks on the disk.
-fn open_delta(
-    dir: &Path,
-    name: &str,
-    record: &VolumeRecord,
-    is_new: bool,
-) -> Result<(FileLock, Delta), VolumeError> {
-    let io = |action| move |source| VolumeError::Io { action, path: dir.to_owned(), source };
-    // Each name is synced, made now or by a server that was killed before it came to it; so is the record's.
-    let volumes = crate::durable::parent_of(dir);
-    crate::durable::create_dirs(dir, &mut |dir| dir == volumes).map_err(io("make the directory"))?;
-    let lock = FileLock::take(&dir.join("lock"))
-        .map_err(|source| VolumeError::Locked { volume: name.to_owned(), source })?;
-    let identity = Identity {
-        base: record.commit,
-        volume: VolumeId(record.id),
-        device_size: ByteLen(record.size.0.next_multiple_of(PAGE_SIZE)),
-    };
-    let layer_dir = |layer: &str| dir.join("layers").join(layer);
-    let layers = if is_new {
-        let path = layer_dir(&record.layers[0]);
-        refuse_orphan(dir, &path)?;
-        crate::durable::create_dirs(&path, &mut |path| path == dir).map_err(io("make the directory"))?;
-        let layer = Layer::create(Box::new(OsDir::new(&path)), &identity, LayerId(random_id()))?;
-        // The layer first: a record must never name one that is not there.
-        record.store(dir)?;
-        vec![Arc::new(layer)]
-    } else {
-        crate::durable::sync_dir(dir).map_err(io("sync"))?;
-        let open =
-            |layer: &String| Layer::open(Box::new(OsDir::new(&layer_dir(layer))), &identity).map(Arc::new);
-        record.layers.iter().map(open).collect::<Result<Vec<_>, _>>()?
-    };
-    Ok((lock, Delta::new(layers)))
-}
-
-/// A layer without a record is one whose making was cut short, and is made anew; but it must be empty, else it is somebody's.
-fn refuse_orphan(dir: &Path, layer: &Path) -> Result<(), VolumeError> {
-    let data = layer.join(crate::delta::DATA_FILE);
-    match std::fs::metadata(&data) {
-        Ok(metadata) if metadata.len() > PAGE_SIZE => Err(VolumeError::Record {
-            path: dir.join(RECORD_FILE),
-            problem: format!(
-                "it is missing, and {} holds writes; put the record back, or move the directory away to begin anew",
-                data.display()
-            ),
-        }),
-        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-            Err(VolumeError::Io { action: "look at", path: data, source })
-        }
-        _ => Ok(()),
     }
 }
 

@@ -32,14 +32,26 @@ const AFTER_FAILURE: Duration = Duration::from_secs(5);
 const SHARE: usize = 32;
 
 /// What is fetched before it is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Prefetch {
     /// Nothing but what a sequential reader will ask for next.
     None,
     /// What an earlier start read, where a list of that is known.
+    #[default]
     Learned,
     /// That, and then everything else.
     All,
+}
+
+impl std::fmt::Display for Prefetch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Prefetch::None => "none",
+            Prefetch::Learned => "learned",
+            Prefetch::All => "all",
+        })
+    }
 }
 
 impl Volume {

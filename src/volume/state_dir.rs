@@ -7,6 +7,10 @@ use std::path::{Path, PathBuf};
 use crate::lock::{FileLock, LockError};
 
 use super::error::VolumeError;
+use super::{RECORD_FILE, VolumeName};
+
+/// How the directory of a volume that is being taken away begins: no volume's name does.
+const REMOVED: &str = ".removed-";
 
 /// A state directory this process holds.
 #[derive(Debug)]
@@ -30,6 +34,7 @@ impl StateDir {
         for dir in [state.run_dir(), state.cache_dir(), root.join("volumes")] {
             crate::durable::create_dirs(&dir, &mut |dir| dir == root).map_err(io("make directories in"))?;
         }
+        state.sweep();
         Ok(state)
     }
 
@@ -48,7 +53,44 @@ impl StateDir {
         self.root.join("run")
     }
 
-    /// Where a volume is. `volume` is an image's name, so it can't leave the directory.
+    /// The volumes that are here, by name. Blocks on the disk.
+    pub fn volumes(&self) -> Result<Vec<VolumeName>, VolumeError> {
+        let mut names: Vec<VolumeName> = self
+            .names()?
+            .iter()
+            .filter_map(|name| name.parse().ok())
+            .filter(|name: &VolumeName| self.volume_dir(name.as_str()).join(RECORD_FILE).exists())
+            .collect();
+        names.sort();
+        Ok(names)
+    }
+
+    /// Where a volume is put to be deleted; nothing is there.
+    pub(super) fn removed_dir(&self, volume: &VolumeName) -> PathBuf {
+        let id = crate::format::ids::to_hex(&super::random_id());
+        self.root.join("volumes").join(format!("{REMOVED}{volume}-{id}"))
+    }
+
+    /// Deletes what a removal that was cut short left.
+    fn sweep(&self) {
+        for name in self.names().unwrap_or_default().iter().filter(|name| name.starts_with(REMOVED)) {
+            let dir = self.root.join("volumes").join(name);
+            if let Err(error) = std::fs::remove_dir_all(&dir) {
+                tracing::warn!(dir = %dir.display(), %error, "can't delete what is left of a volume");
+            }
+        }
+    }
+
+    /// What is in the directory of volumes.
+    fn names(&self) -> Result<Vec<String>, VolumeError> {
+        let dir = self.root.join("volumes");
+        let failed = |source| VolumeError::Io { action: "list", path: dir.clone(), source };
+        let entries = std::fs::read_dir(&dir).map_err(failed)?;
+        let names = entries.map(|entry| Ok(entry?.file_name().into_string().ok()));
+        names.filter_map(Result::transpose).collect::<std::io::Result<_>>().map_err(failed)
+    }
+
+    /// Where a volume is. `volume` is a volume's or an image's name, so it can't leave the directory.
     pub fn volume_dir(&self, volume: &str) -> PathBuf {
         volume_dir(&self.root, volume)
     }

@@ -11,7 +11,7 @@ use horcrux::cache::care::{KeptMeta, Survey, prune, survey, verify};
 use horcrux::cache::{Cache, CacheError, CacheOptions};
 use horcrux::format::ChunkId;
 use horcrux::repo::{ImageName, MetaCache, RepoError, Repository, Version, VersionOptions};
-use horcrux::store::{self, UrlError};
+use horcrux::store::{self, RetryOptions, UrlError};
 use horcrux::units::ByteLen;
 use horcrux::volume::pin::{chunks_of, is_pinned, unpin};
 use horcrux::volume::{Source, StateDir, Volume, VolumeError, VolumeRecord, volume_dir};
@@ -128,11 +128,11 @@ impl Pin {
         let record = self.place.volume(self.volume.as_str())?.record;
         let state = StateDir::open(&self.place.state_dir()?)?;
         let cache = Cache::open(&state.cache_dir(), CacheOptions::new(self.cache_size))?;
-        let store = store::url::open(&record.access)?;
+        let store = store::url::open_all(&record.access, RetryOptions::default())?;
         let brought = runtime()?.block_on(async {
             let repository = Repository::open(store).await?;
             let source = Source { access: record.access, image: self.volume.clone(), reference: None };
-            let volume = Volume::open(&state, &cache, &repository, &source, true).await?;
+            let volume = Volume::of_image(&state, &cache, &repository, &source, true).await?;
             Ok::<_, Error>(volume.pin(&cache).await?)
         })?;
         say!("{}: all of it is here and stays ({} fetched)", self.volume, brought.human());
@@ -219,7 +219,7 @@ fn needed(state_dir: &Path, of: impl Fn(&Path) -> bool) -> Result<BTreeMap<Strin
 async fn chunks_of_record(state_dir: &Path, record: &VolumeRecord) -> Result<HashSet<ChunkId>, Error> {
     let meta: Arc<dyn MetaCache> = Arc::new(KeptMeta::open(&state_dir.join("cache")));
     let repository = Repository::opened_before(
-        store::url::open(&record.access)?,
+        store::url::open_all(&record.access, RetryOptions::default())?,
         record.repository_id().unwrap_or_default(),
     );
     let image: ImageName = record.image.parse()?;

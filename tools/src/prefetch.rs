@@ -144,7 +144,7 @@ fn show(volume: &ImageName, list: &PrefetchList, json: bool) -> Result<(), Error
 /// Keeps the list in each place, and says so of each.
 fn push(record: &VolumeRecord, access: &[String], list: &PrefetchList) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime)?;
-    let places = if access.is_empty() { std::slice::from_ref(&record.access) } else { access };
+    let places = if access.is_empty() { &record.access[..] } else { access };
     let commit = list.commit.to_string();
     let (mut kept, mut failed) = (Vec::new(), Vec::new());
     for place in places {

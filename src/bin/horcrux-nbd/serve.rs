@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use horcrux::cache::{Cache, CacheError, CacheOptions};
 use horcrux::nbd::{Endpoint, Export, Exports, Listener, ServeError, Server, ServerOptions};
 use horcrux::repo::{ImageName, Reference, RepoError, Repository};
-use horcrux::store::{self, MirrorStore, RepositoryUrl, RetryOptions, RetryStore, Store, UrlError};
+use horcrux::store::{self, RetryOptions, UrlError};
 use horcrux::units::ByteLen;
 use horcrux::volume::{Prefetch, Source, StateDir, Volume, VolumeError, VolumeRecord, default_state_dir};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
@@ -155,11 +155,11 @@ async fn serve(args: Args) -> Result<(), Error> {
     let (cache_dir, options) = (state.cache_dir(), CacheOptions::new(args.cache_size));
     let opening = move || Cache::open(&cache_dir, options);
     let cache = tokio::task::spawn_blocking(opening).await.map_err(|_| VolumeError::Stopped)??;
-    let access = store::url::lasting(&args.access[0])?;
+    let access: Vec<_> = args.access.iter().map(|url| store::url::lasting(url)).collect::<Result<_, _>>()?;
     let mut volumes = Vec::new();
     for name in args.names {
         let source = Source { access: access.clone(), image: name.image, reference: name.reference };
-        let volume = Volume::open(&state, &cache, &repository, &source, args.read_only).await?;
+        let volume = Volume::of_image(&state, &cache, &repository, &source, args.read_only).await?;
         volumes.push(Arc::new(volume));
     }
 
@@ -195,7 +195,7 @@ async fn open_repository(
     names: &[Name],
 ) -> Result<Repository, Error> {
     let options = RetryOptions { deadline, ..RetryOptions::default() };
-    let store = open_store(access, options)?;
+    let store = store::url::open_all(access, options)?;
     store.expect_reads(FIRST_READS);
     let error = match Repository::open(store).await {
         Ok(repository) => return Ok(repository),
@@ -205,20 +205,8 @@ async fn open_repository(
     let Some(id) = known else { return Err(error.into()) };
     tracing::warn!(%error, "the repository is out of reach: serving what is here");
     // It has answered on another day.
-    let store = open_store(access, RetryOptions { first_contact: deadline, ..options })?;
+    let store = store::url::open_all(access, RetryOptions { first_contact: deadline, ..options })?;
     Ok(Repository::opened_before(store, id))
-}
-
-/// The place, or the copies in several places as one: they are tried in turn, and all again while none works.
-fn open_store(access: &[String], options: RetryOptions) -> Result<Arc<dyn Store>, UrlError> {
-    let urls = access.iter().map(|url| url.parse()).collect::<Result<Vec<RepositoryUrl>, _>>()?;
-    Ok(match urls.as_slice() {
-        [one] => one.open_with(options),
-        several => {
-            let copies = several.iter().map(RepositoryUrl::open_bare).collect();
-            Arc::new(RetryStore::new(Arc::new(MirrorStore::new(copies)), options))
-        }
-    })
 }
 
 /// The id of the repository that all these volumes are of; `None` where one of them was never here.
@@ -238,7 +226,7 @@ fn known_repository(state: &StateDir, names: &[Name]) -> Result<Option<[u8; 16]>
 fn export(volume: &Volume) -> Arc<Export> {
     let record = volume.record();
     let commit = record.commit.to_string();
-    let description = format!("{} at {}, from {}", record.image, &commit[..12], record.access);
+    let description = format!("{} at {}, from {}", record.image, &commit[..12], record.access.join(", "));
     Arc::new(Export::new(volume.name().to_owned(), description, volume.device().clone()))
 }
 
