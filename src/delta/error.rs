@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::format::{CommitId, FormatError};
+use crate::units::ByteLen;
 
 /// A delta that can't do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +16,9 @@ pub enum DeltaError {
         /// The file that could not grow.
         path: PathBuf,
     },
+    /// The volume's own writes take as much as they may.
+    #[error("the volume's quota of {} is used up", .0.human())]
+    Quota(ByteLen),
     /// A file operation failed.
     #[error("can't {action} {path}: {source}")]
     Io {

@@ -99,6 +99,8 @@ pub struct Layer {
     data_dirty: AtomicBool,
     poisoned: OnceLock<String>,
     rewrite_min_len: u64,
+    /// The most pages that may have a slot.
+    quota_pages: u64,
 }
 
 impl Layer {
@@ -198,8 +200,16 @@ impl Layer {
             data_dirty: AtomicBool::new(false),
             poisoned: OnceLock::new(),
             rewrite_min_len: REWRITE_MIN_LEN,
+            quota_pages: u64::MAX,
             dir,
         }
+    }
+
+    /// Bounds the pages that have bytes of their own, in bytes. Pages that have some already can be written again all the same; writers at the same moment may pass the bound
+    /// by what each of them writes.
+    pub fn with_quota(mut self, quota: ByteLen) -> Layer {
+        self.quota_pages = quota.0 / PAGE_SIZE;
+        self
     }
 
     /// Lets the log be rewritten when it is longer than `len` instead of 4 MiB.
@@ -283,17 +293,26 @@ impl Layer {
 
     /// Where the next pages go (rule 1): in place if their slots are in no commit, captured or durable; else into slots nobody names.
     fn place(&self, at: PageIndex, limit: u64) -> Result<Place, DeltaError> {
-        let (state, run) = self.shared.read().pages.run(at, limit);
+        let (state, run, taken) = {
+            let pages = &self.shared.read().pages;
+            let (state, run) = pages.run(at, limit);
+            (state, run, pages.data_pages())
+        };
         let run = run.min(u64::from(u32::MAX)) as u32;
         let mut slots = self.slots.lock();
-        let mut want = run;
-        if let PageKind::Data(slot) = state.kind() {
+        let want = if let PageKind::Data(slot) = state.kind() {
             let (fresh, alike) = slots.fresh_run(slot, run);
             if fresh {
                 return Ok(Place { slot, pages: alike, named: true });
             }
-            want = alike;
-        }
+            alike
+        } else {
+            let left = self.quota_pages.saturating_sub(taken);
+            if left == 0 {
+                return Err(DeltaError::Quota(ByteLen(self.quota_pages * PAGE_SIZE)));
+            }
+            left.min(u64::from(run)) as u32
+        };
         let (slot, pages) =
             slots.take(want).ok_or_else(|| DeltaError::Full { path: self.dir.describe(DATA_FILE) })?;
         Ok(Place { slot, pages, named: false })

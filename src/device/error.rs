@@ -37,6 +37,6 @@ pub enum DeviceError {
 impl DeviceError {
     /// Whether it is for want of space.
     pub fn is_full(&self) -> bool {
-        matches!(self, DeviceError::Delta(DeltaError::Full { .. }))
+        matches!(self, DeviceError::Delta(DeltaError::Full { .. } | DeltaError::Quota(_)))
     }
 }

@@ -33,7 +33,7 @@ impl Outcome {
             DeviceError::OutOfRange { .. } => Errno::Inval,
             DeviceError::ReadOnly => Errno::Perm,
             DeviceError::Fenced => return Outcome::Dropped,
-            DeviceError::Delta(DeltaError::Full { .. }) => Errno::NoSpc,
+            DeviceError::Delta(DeltaError::Full { .. } | DeltaError::Quota(_)) => Errno::NoSpc,
             DeviceError::Stopped => Errno::Shutdown,
             DeviceError::Delta(_) | DeviceError::Base(_) => Errno::Io,
         };

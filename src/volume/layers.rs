@@ -38,6 +38,7 @@ impl Layers {
         let layer = Layer::create(Box::new(OsDir::new(&path)), &identity(record), LayerId(random_id()))?;
         // The layer first: a record must never name one that is not there.
         record.store(dir)?;
+        let layer = bounded(layer, record, 0);
         Ok(Layers { delta: Delta::new(vec![Arc::new(layer)]), lock })
     }
 
@@ -46,11 +47,22 @@ impl Layers {
         let lock = Self::lock(dir, name)?;
         crate::durable::sync_dir(dir).map_err(io(dir, "sync"))?;
         let identity = identity(record);
-        let open = |layer: &String| {
-            Layer::open(Box::new(OsDir::new(&layer_dir(dir, layer))), &identity).map(Arc::new)
-        };
-        let layers = record.layers.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let (mut layers, mut pages) = (Vec::new(), 0);
+        for layer in &record.layers {
+            let layer = Layer::open(Box::new(OsDir::new(&layer_dir(dir, layer))), &identity)?;
+            let layer = bounded(layer, record, pages);
+            pages += layer.data_pages();
+            layers.push(Arc::new(layer));
+        }
         Ok(Layers { delta: Delta::new(layers), lock })
+    }
+}
+
+/// A layer that takes no more than the quota leaves it over the pages of those below.
+fn bounded(layer: Layer, record: &VolumeRecord, below: u64) -> Layer {
+    match record.quota {
+        Some(quota) => layer.with_quota(ByteLen(quota.0.saturating_sub(below * PAGE_SIZE))),
+        None => layer,
     }
 }
 
