@@ -1,0 +1,77 @@
+//! What the kernel refuses.
+
+use std::io;
+use std::path::PathBuf;
+
+/// A request the kernel did not do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// The kernel has no nbd driver.
+    #[error("the kernel's nbd driver is not loaded")]
+    NoDriver,
+    /// Only root may.
+    #[error("not allowed to {0}: root (CAP_SYS_ADMIN) is needed")]
+    NotAllowed(&'static str),
+    /// The device is somebody's.
+    #[error("{} is in use", device.display())]
+    DeviceBusy {
+        /// The device.
+        device: PathBuf,
+    },
+    /// There is no such device.
+    #[error("there is no {}", device.display())]
+    NoDevice {
+        /// The device.
+        device: PathBuf,
+    },
+    /// The filesystem can't be mounted.
+    #[error("can't mount {}: {problem}", device.display())]
+    Mount {
+        /// The device.
+        device: PathBuf,
+        /// Why.
+        problem: String,
+    },
+    /// Someone works below the mount.
+    #[error("{} is in use: someone has a file open or works in it", dir.display())]
+    MountBusy {
+        /// Where it is mounted.
+        dir: PathBuf,
+    },
+    /// An answer of the kernel that can't be understood.
+    #[error("the kernel's answer can't be understood: {0}")]
+    Answer(String),
+    /// A system call failed.
+    #[error("can't {action}{}: {source}", path.as_ref().map(|path| format!(" {}", path.display())).unwrap_or_default())]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: Option<PathBuf>,
+        /// The reason.
+        source: io::Error,
+    },
+}
+
+impl KernelError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<&'static str> {
+        Some(match self {
+            KernelError::NoDriver => {
+                "load it with 'modprobe nbd'; a line 'nbd' in /etc/modules-load.d/horcrux.conf does so at every boot"
+            }
+            KernelError::NotAllowed(_) => "run the daemon as root",
+            KernelError::DeviceBusy { .. } => "leave the device out: a free one is found",
+            KernelError::MountBusy { .. } => "'fuser -vm DIR' says who",
+            _ => return None,
+        })
+    }
+
+    pub(super) fn of(action: &'static str, path: Option<PathBuf>) -> impl FnOnce(io::Error) -> KernelError {
+        move |source| match source.kind() {
+            io::ErrorKind::PermissionDenied => KernelError::NotAllowed(action),
+            _ => KernelError::System { action, path, source },
+        }
+    }
+}

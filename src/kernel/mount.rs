@@ -1,0 +1,105 @@
+//! Mounting what is on a device.
+//!
+//! Enters: a device, its filesystem, a directory. Leaves: a mount, or why there is none.
+
+use std::ffi::CString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use super::KernelError;
+use super::filesystem::{Filesystem, Kind};
+
+/// Mounts a device on a directory.
+pub fn mount_device(
+    device: &Path,
+    filesystem: &Filesystem,
+    dir: &Path,
+    read_only: bool,
+) -> Result<(), KernelError> {
+    let Filesystem { kind, dirty, .. } = *filesystem;
+    let mut flags = MountFlags::NOATIME;
+    if read_only {
+        flags |= MountFlags::RDONLY;
+        if dirty && kind == Kind::Ext4 {
+            tracing::warn!(device = %device.display(), "its journal is not played on a read-only volume: the newest changes may be missing");
+        }
+    }
+    let options = CString::new(kind.options(read_only)).expect("options have no NUL");
+    mount(device, dir, kind.name(), flags, options.as_c_str()).map_err(|errno| {
+        let problem = match errno {
+            rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => return KernelError::NotAllowed("mount"),
+            rustix::io::Errno::NODEV => format!("this kernel has no {}", kind.name()),
+            rustix::io::Errno::UCLEAN | rustix::io::Errno::INVAL => {
+                format!(
+                    "its {} filesystem needs repair, or a newer kernel; the kernel's log says more",
+                    kind.name()
+                )
+            }
+            errno => errno.to_string(),
+        };
+        KernelError::Mount { device: device.to_owned(), problem }
+    })
+}
+
+/// Unmounts what is on top of a directory; `false` where nothing is mounted there.
+pub fn unmount_dir(dir: &Path) -> Result<bool, KernelError> {
+    match unmount(dir, UnmountFlags::NOFOLLOW) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => Ok(false),
+        Err(rustix::io::Errno::BUSY) => Err(KernelError::MountBusy { dir: dir.to_owned() }),
+        Err(errno) => Err(KernelError::of("unmount", Some(dir.to_owned()))(errno.into())),
+    }
+}
+
+/// Where a device is mounted, in this process's view of the mounts.
+pub fn mounts_of(device: &Path) -> Result<Vec<PathBuf>, KernelError> {
+    let path = PathBuf::from("/proc/self/mountinfo");
+    let table = fs::read(&path).map_err(KernelError::of("read", Some(path)))?;
+    Ok(mounts_in(&String::from_utf8_lossy(&table), device))
+}
+
+/// proc(5), mountinfo: the fifth field is where, the second after the lone dash is what.
+fn mounts_in(table: &str, device: &Path) -> Vec<PathBuf> {
+    let device = device.to_string_lossy();
+    let mounted = |line: &str| {
+        let (mount, source) = line.split_once(" - ")?;
+        (source.split(' ').nth(1)? == device).then_some(())?;
+        Some(PathBuf::from(unescaped(mount.split(' ').nth(4)?)))
+    };
+    table.lines().filter_map(mounted).collect()
+}
+
+/// Space, tab, newline and backslash are written as octal there.
+fn unescaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('\\') {
+        out.push_str(before);
+        let byte = after.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        out.push(byte.map_or('\\', char::from));
+        rest = if byte.is_some() { &after[3..] } else { after };
+    }
+    out + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_s_mounts_are_found_in_the_table_whatever_their_names_hold() {
+        let table = "\
+22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n\
+40 22 43:0 / /var/lib/horcrux/mnt/v1 rw,noatime shared:7 - ext4 /dev/nbd0 rw\n\
+41 22 43:0 / /mnt/with\\040a\\134space rw - ext4 /dev/nbd0 rw\n\
+42 22 43:16 / /mnt/other rw - xfs /dev/nbd1 rw,nouuid\n\
+43 22 0:50 / /mnt/odd rw master:1 - tmpfs none\n";
+        assert_eq!(
+            mounts_in(table, Path::new("/dev/nbd0")),
+            [Path::new("/var/lib/horcrux/mnt/v1"), Path::new("/mnt/with a\\space")]
+        );
+        assert_eq!(mounts_in(table, Path::new("/dev/nbd2")), Vec::<PathBuf>::new());
+    }
+}
