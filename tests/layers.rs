@@ -21,6 +21,15 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("device", &["delta", "cache", "repo", "store", "lock", "durable", "format", "units"]),
     ("volume", &["device", "delta", "cache", "repo", "store", "lock", "durable", "format", "units"]),
     ("nbd", &["volume", "device", "delta", "cache", "repo", "store", "lock", "durable", "format", "units"]),
+    ("kernel", &["units"]),
+    (
+        "host",
+        &[
+            "kernel", "nbd", "volume", "device", "delta", "cache", "repo", "store", "lock", "durable",
+            "format", "units",
+        ],
+    ),
+    ("control", &["host", "kernel", "volume", "repo", "store", "cache", "units"]),
 ];
 
 /// Where a layer may use only some items of another.

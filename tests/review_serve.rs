@@ -107,9 +107,9 @@ fn serve(
     let server = {
         let exports = Arc::new(Exports::default());
         exports.add(export).unwrap();
-        Server::new(exports, vec![listener], ServerOptions::default())
+        Server::new(exports, vec![listener], ServerOptions::default(), stop.clone())
     };
-    runtime.spawn(server.run(stop.clone()))
+    runtime.spawn(server.run())
 }
 
 /// NBD spec, NBD_CMD_DISC: "The server MUST handle all outstanding requests". `cp image /dev/fuse; exit` is such a client.

@@ -73,6 +73,11 @@ impl Export {
         &self.device
     }
 
+    /// How many connections there are to it.
+    pub fn connections(&self) -> usize {
+        self.peers.count()
+    }
+
     /// Who is connected to it.
     pub(super) fn peers(&self) -> &Arc<Peers> {
         &self.peers

@@ -25,4 +25,4 @@ pub use error::ServeError;
 pub use export::Export;
 pub use exports::{Dormant, Exports};
 pub use listener::{Endpoint, Listener};
-pub use server::{Server, ServerOptions};
+pub use server::{Connector, Ended, Server, ServerOptions};

@@ -2,12 +2,16 @@
 //!
 //! Invariant: when [`Server::run`] returns, no connection is left, and every device is flushed.
 
+use std::future::Future;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -44,39 +48,84 @@ impl Default for ServerOptions {
 
 /// Exports and the sockets they are served on.
 pub struct Server {
-    exports: Arc<Exports>,
     listeners: Vec<Listener>,
-    options: ServerOptions,
+    grace: Duration,
+    shared: Arc<Shared>,
+}
+
+/// What the connections of a server share.
+struct Shared {
+    exports: Arc<Exports>,
+    connections: TaskTracker,
+    /// How long a handshake may take.
+    limit: Duration,
+    stop: CancellationToken,
+}
+
+/// Brings a server connections that come from this process itself.
+#[derive(Clone)]
+pub struct Connector(Arc<Shared>);
+
+impl Connector {
+    /// Serves a client at the other end of `socket`. What is returned is ready once that connection has ended. To be called in the server's runtime.
+    pub fn serve(&self, socket: UnixStream) -> std::io::Result<Ended> {
+        socket.set_nonblocking(true)?;
+        let (kept, ended) = oneshot::channel::<()>();
+        // These don't wait for a place: a device that others wait for is at their other end.
+        self.0.serve(Accepted::Unix(socket), kept);
+        Ok(Ended(ended))
+    }
+}
+
+/// A connection's end.
+#[derive(Debug)]
+pub struct Ended(oneshot::Receiver<()>);
+
+impl Future for Ended {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        // Nothing is sent: the sender goes with its connection.
+        Pin::new(&mut self.0).poll(cx).map(drop)
+    }
 }
 
 impl Server {
-    /// A server of these exports, which may come and go while it runs.
-    pub fn new(exports: Arc<Exports>, listeners: Vec<Listener>, options: ServerOptions) -> Server {
-        Server { exports, listeners, options }
+    /// A server of these exports, which may come and go while it runs, until `stop` is cancelled.
+    pub fn new(
+        exports: Arc<Exports>,
+        listeners: Vec<Listener>,
+        options: ServerOptions,
+        stop: CancellationToken,
+    ) -> Server {
+        let ServerOptions { grace, handshake_limit: limit } = options;
+        Server {
+            listeners,
+            grace,
+            shared: Arc::new(Shared { exports, connections: TaskTracker::new(), limit, stop }),
+        }
     }
 
-    /// Serves until `stop` is cancelled; then accepts no more, finishes what is in flight, flushes and returns how many flushes failed.
-    pub async fn run(self, stop: CancellationToken) -> usize {
-        let connections = TaskTracker::new();
+    /// For connections that don't come through a listener.
+    pub fn connector(&self) -> Connector {
+        Connector(self.shared.clone())
+    }
+
+    /// Serves until the stop; then accepts no more, finishes what is in flight, flushes and returns how many flushes failed.
+    pub async fn run(self) -> usize {
+        let Server { listeners, grace, shared } = self;
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let mut loops = JoinSet::new();
-        for listener in self.listeners {
-            let accepting = Accepting {
-                exports: self.exports.clone(),
-                places: places.clone(),
-                connections: connections.clone(),
-                limit: self.options.handshake_limit,
-                stop: stop.clone(),
-            };
-            loops.spawn(accept(listener, accepting));
+        for listener in listeners {
+            loops.spawn(accept(listener, shared.clone(), places.clone()));
         }
-        loops.spawn(commit_regularly(self.exports.clone(), stop.clone()));
+        loops.spawn(commit_regularly(shared.exports.clone(), shared.stop.clone()));
         while loops.join_next().await.is_some() {}
-        connections.close();
+        shared.connections.close();
         // No connection begins any more that does not see the stop; those that wait for their clients are woken.
-        let exports = self.exports.close();
-        if tokio::time::timeout(self.options.grace, connections.wait()).await.is_err() {
-            tracing::warn!(left = connections.len(), "connections did not end in time");
+        let exports = shared.exports.close();
+        if tokio::time::timeout(grace, shared.connections.wait()).await.is_err() {
+            tracing::warn!(left = shared.connections.len(), "connections did not end in time");
         }
         let mut failed = 0;
         for export in exports {
@@ -86,35 +135,20 @@ impl Server {
     }
 }
 
-/// What every connection a listener accepts is given.
-struct Accepting {
-    exports: Arc<Exports>,
-    places: Arc<Semaphore>,
-    connections: TaskTracker,
-    limit: Duration,
-    stop: CancellationToken,
-}
-
-async fn accept(listener: Listener, accepting: Accepting) {
-    let Accepting { exports, places, connections, limit, stop } = accepting;
+async fn accept(listener: Listener, shared: Arc<Shared>, places: Arc<Semaphore>) {
     loop {
         let accepted = tokio::select! {
-            () = stop.cancelled() => return,
+            () = shared.stop.cancelled() => return,
             accepted = next(&listener, &places) => accepted,
         };
-        let (accepted, place) = match accepted {
-            Ok(accepted) => accepted,
+        match accepted {
+            // The place goes with the connection.
+            Ok((accepted, place)) => shared.serve(accepted, place),
             Err(error) => {
                 tracing::warn!(%error, "can't accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
             }
-        };
-        let client =
-            Client { exports: exports.clone(), limit, stop: stop.clone(), shared: Handle::current() };
-        // The place and the token go with the connection, so that its end is counted.
-        let token = connections.token();
-        tokio::spawn(client.serve(accepted, (place, token)));
+        }
     }
 }
 
@@ -126,18 +160,15 @@ async fn next(
     Ok((listener.accept().await?, place))
 }
 
-/// What a connection needs of its server.
-struct Client {
-    exports: Arc<Exports>,
-    /// How long the handshake may take.
-    limit: Duration,
-    stop: CancellationToken,
-    shared: Handle,
-}
+impl Shared {
+    /// Serves a client in a task of its own; `kept` goes with the connection, and so does a token, so that its end is counted.
+    fn serve(self: &Arc<Self>, accepted: Accepted, kept: impl Send + 'static) {
+        let kept = (kept, self.connections.token());
+        tokio::spawn(self.clone().converse(accepted, kept));
+    }
 
-impl Client {
     /// The life of a connection: the handshake here, then a thread of its own, which `kept` goes with.
-    async fn serve(self, accepted: Accepted, kept: impl Send + 'static) {
+    async fn converse(self: Arc<Self>, accepted: Accepted, kept: impl Send + 'static) {
         let client = accepted.describe();
         let begun = async {
             let mut stream = accepted.into_stream()?;
@@ -159,8 +190,9 @@ impl Client {
             Err(error) => return tracing::warn!(client, %error, "handshake failed"),
         };
         let thread = std::thread::Builder::new().name("nbd-connection".to_owned()).stack_size(STACK);
+        let runtime = Handle::current();
         let spawned = thread.spawn(move || {
-            serve(&client, socket, chosen, self.shared);
+            serve(&client, socket, chosen, runtime);
             drop(kept);
         });
         if let Err(error) = spawned {

@@ -170,6 +170,12 @@ impl VolumeRecord {
         })
     }
 
+    /// What it is, for people.
+    pub fn describe(&self) -> String {
+        let commit = self.commit.to_string();
+        format!("{} at {}, from {}", self.image, &commit[..12], self.access.join(", "))
+    }
+
     /// The repository's id; `None` where the record has none that can be.
     pub fn repository_id(&self) -> Option<[u8; 16]> {
         ids::parse_hex(&self.repository)

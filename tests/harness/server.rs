@@ -60,6 +60,14 @@ impl Serve {
         Serve { command, names: Vec::new(), endpoints: 1 }
     }
 
+    /// The daemon of a state directory: it serves what volumes there are.
+    pub fn daemon(state: &Path) -> Serve {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_horcrux-nbd"));
+        command.arg("serve").arg("--state-dir").arg(state);
+        command.env_remove("RUST_LOG");
+        Serve { command, names: vec!["every volume".to_owned()], endpoints: 1 }
+    }
+
     pub fn name(mut self, name: &str) -> Serve {
         self.command.args(["--name", name]);
         self.names.push(name.to_owned());
@@ -135,7 +143,10 @@ impl Server {
         while seen < attachments {
             match stdout.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
-                    seen += usize::from(line.trim_start().starts_with("attach:"));
+                    // A daemon says last where it is told what to do.
+                    let is_last =
+                        ["attach:", "control:"].iter().any(|word| line.trim_start().starts_with(word));
+                    seen += usize::from(is_last);
                     if let Some((_, path)) = line.split_once("?socket=") {
                         self.socket = path.into();
                     }

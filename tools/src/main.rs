@@ -16,6 +16,7 @@ mod place;
 mod prefetch;
 mod progress;
 mod sync;
+mod volume;
 
 use std::process::ExitCode;
 
@@ -44,6 +45,18 @@ enum Command {
     Unpin(cache::Unpin),
     /// What is here of which volume; verify it; free what nobody needs
     Cache(cache::CacheCommand),
+    /// Make, list and take away volumes of the daemon ('horcrux-nbd serve')
+    Volume(volume::VolumeCommand),
+    /// Make a volume a kernel device, /dev/nbdN
+    Attach(volume::AttachCommand),
+    /// Make a volume a kernel device no more
+    Detach(volume::DetachCommand),
+    /// Mount a volume on a directory
+    Mount(volume::MountCommand),
+    /// Unmount a volume, and detach it
+    Umount(volume::UmountCommand),
+    /// Say how the daemon is
+    Status(volume::StatusCommand),
     /// Copy a repository, or one image of it, to another place: what is missing there
     Sync(sync::Sync),
 }
@@ -57,6 +70,12 @@ fn main() -> ExitCode {
         Command::Pin(command) => end(command.run(), cache::Error::hint),
         Command::Unpin(command) => end(command.run(), cache::Error::hint),
         Command::Cache(command) => end(command.run(), cache::Error::hint),
+        Command::Volume(command) => end(command.run(), volume::Error::hint),
+        Command::Attach(command) => end(command.run(), volume::Error::hint),
+        Command::Mount(command) => end(command.run(), volume::Error::hint),
+        Command::Umount(command) => end(command.run(), volume::Error::hint),
+        Command::Detach(command) => end(command.run(), volume::Error::hint),
+        Command::Status(command) => end(command.run(), volume::Error::hint),
         Command::Sync(command) => end(command.run(), sync::Error::hint),
     }
 }

@@ -4,6 +4,7 @@
 //! after a clean stop, 1 when something failed, 2 for a wrong command line.
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+mod daemon;
 mod hint;
 mod serve;
 
@@ -24,7 +25,7 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serve versions of images as disks; their changes stay in the state directory
+    /// Serve versions of images as disks, or be the daemon of all volumes here; their changes stay in the state directory
     Serve(serve::Args),
 }
 

@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
 use horcrux::cache::{Cache, CacheError, CacheOptions};
+use horcrux::host::HostOptions;
 use horcrux::nbd::{Endpoint, Export, Exports, Listener, ServeError, Server, ServerOptions};
 use horcrux::repo::{ImageName, Reference, RepoError, Repository};
 use horcrux::store::{self, RetryOptions, UrlError};
@@ -18,6 +19,8 @@ use horcrux::volume::{Prefetch, Source, StateDir, Volume, VolumeError, VolumeRec
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+
+use crate::daemon;
 
 /// What a start reads at once as soon as it knows what to read.
 const FIRST_READS: usize = 32;
@@ -28,13 +31,13 @@ const LAST_ACT: Duration = Duration::from_secs(5);
 #[derive(clap::Args)]
 pub struct Args {
     /// Repository the images are in: a directory, or a URL; may be given more than once, for copies of one repository in several places
-    #[arg(long, value_name = "REPO", required = true)]
+    #[arg(long, value_name = "REPO", requires = "names")]
     access: Vec<String>,
-    /// Image to serve, and which version of it; may be given more than once
-    #[arg(long = "name", value_name = "NAME[@REF]", required = true, value_parser = parse_name)]
+    /// Image to serve, and which version of it; may be given more than once [default: every volume of the state directory, as a daemon that 'horcrux-cli volume' speaks to]
+    #[arg(long = "name", value_name = "NAME[@REF]", requires = "access", value_parser = parse_name)]
     names: Vec<Name>,
     /// Refuse writes
-    #[arg(long)]
+    #[arg(long, requires = "names")]
     read_only: bool,
     /// Unix socket to listen on [default, where --listen is not given either: run/nbd.sock in the state directory]
     #[arg(long, value_name = "SOCK")]
@@ -49,7 +52,7 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", default_value = "16G")]
     cache_size: ByteLen,
     /// What to fetch before it is asked for: nothing, what an earlier start read (its own, or a list kept with the commit), or everything
-    #[arg(long, value_enum, default_value = "learned")]
+    #[arg(long, value_enum, default_value = "learned", requires = "names")]
     prefetch: PrefetchMode,
     /// Bytes a second that '--prefetch all' may fetch of what nobody asked for
     #[arg(long, value_name = "SIZE")]
@@ -57,6 +60,9 @@ pub struct Args {
     /// Seconds a read waits for a repository that does not answer, before it is an I/O error
     #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = clap::value_parser!(u64).range(1..=86400))]
     remote_timeout: u64,
+    /// Seconds an attached kernel device waits for a daemon that is gone, before its requests fail
+    #[arg(long, value_name = "SECONDS", default_value = "600", conflicts_with = "names", value_parser = clap::value_parser!(u64).range(1..=604_800))]
+    dead_timeout: u64,
     /// Seconds a client has to choose an export, after which its connection is closed
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = clap::value_parser!(u64).range(1..=3600))]
     handshake_limit: u64,
@@ -109,6 +115,8 @@ pub enum Error {
     Serve(#[from] ServeError),
     #[error("can't {0}: {1}")]
     System(&'static str, io::Error),
+    #[error("can't listen on {}: {source}", path.display())]
+    Control { path: PathBuf, source: io::Error },
     #[error("no state directory: neither --state-dir, HORCRUX_STATE_DIR, XDG_STATE_HOME nor HOME is set")]
     NoStateDir,
     #[error("{0} volumes could not be flushed; what they acknowledged since their last flush may be lost")]
@@ -149,6 +157,18 @@ async fn serve(args: Args) -> Result<(), Error> {
         endpoints.push(Endpoint::Unix(state.run_dir().join("nbd.sock")));
     }
     let listeners = endpoints.iter().map(Listener::bind).collect::<Result<Vec<_>, _>>()?;
+    if args.names.is_empty() {
+        let options = daemon::Options {
+            cache_size: args.cache_size,
+            handshake_limit: Duration::from_secs(args.handshake_limit),
+            host: HostOptions {
+                remote_timeout: Duration::from_secs(args.remote_timeout),
+                prefetch_rate: args.prefetch_rate,
+                dead_timeout: Duration::from_secs(args.dead_timeout),
+            },
+        };
+        return daemon::run(state, listeners, options, stop).await;
+    }
 
     let repository =
         open_repository(&args.access, Duration::from_secs(args.remote_timeout), &state, &args.names).await?;
@@ -168,7 +188,7 @@ async fn serve(args: Args) -> Result<(), Error> {
     announce(&volumes, &listeners).map_err(|error| Error::System("tell where it listens", error))?;
     let handshake_limit = Duration::from_secs(args.handshake_limit);
     let options = ServerOptions { handshake_limit, ..ServerOptions::default() };
-    let server = Server::new(exports, listeners, options);
+    let server = Server::new(exports, listeners, options, stop.clone());
     let fetching: Vec<_> = volumes
         .iter()
         .map(|volume| {
@@ -176,11 +196,16 @@ async fn serve(args: Args) -> Result<(), Error> {
             tokio::spawn(work)
         })
         .collect();
-    let failed = server.run(stop).await;
+    let failed = server.run().await;
     for work in fetching {
         // Its last act is to keep a list; the server's stop has told it.
         let _ = tokio::time::timeout(LAST_ACT, work).await;
     }
+    ended(&cache, failed)
+}
+
+/// The last words, and what came of it.
+pub fn ended(cache: &Cache, failed: usize) -> Result<(), Error> {
     let stats = cache.stats();
     let (hits, misses, fetched, healed) = (stats.hits, stats.misses, stats.fetched.0, stats.healed);
     tracing::info!(hits, misses, fetched_bytes = fetched, healed, cached_bytes = stats.used.0, "stopped");
@@ -224,14 +249,16 @@ fn known_repository(state: &StateDir, names: &[Name]) -> Result<Option<[u8; 16]>
 }
 
 fn export(volume: &Volume) -> Arc<Export> {
-    let record = volume.record();
-    let commit = record.commit.to_string();
-    let description = format!("{} at {}, from {}", record.image, &commit[..12], record.access.join(", "));
-    Arc::new(Export::new(volume.name().to_owned(), description, volume.device().clone()))
+    Arc::new(Export::new(volume.name().to_owned(), volume.record().describe(), volume.device().clone()))
 }
 
 /// What is encoded in the socket's path in a URI: all but RFC 3986's unreserved characters and the slash.
 const IN_URI: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
+/// The URI of an export on a Unix socket.
+pub fn unix_uri(name: &str, socket: &Path) -> String {
+    format!("nbd+unix:///{name}?socket={}", percent_encode(socket.as_os_str().as_bytes(), IN_URI))
+}
 
 /// Says where each export is and how to attach it. Standard output is read by people and scripts: one paragraph for each export.
 fn announce(volumes: &[Arc<Volume>], listeners: &[Listener]) -> io::Result<()> {
@@ -250,8 +277,7 @@ fn announce(volumes: &[Arc<Volume>], listeners: &[Listener]) -> io::Result<()> {
             match listener.endpoint()? {
                 Endpoint::Unix(path) => {
                     let path = std::path::absolute(&path)?;
-                    let socket = percent_encode(path.as_os_str().as_bytes(), IN_URI);
-                    writeln!(out, "  nbd+unix:///{name}?socket={socket}")?;
+                    writeln!(out, "  {}", unix_uri(name, &path))?;
                     let path = path.display();
                     writeln!(out, "  attach: nbd-client -unix {path} -N {name} /dev/nbd0 -b 512")?;
                 }

@@ -1,0 +1,194 @@
+//! A client of the control API, for the command line and the Docker driver.
+//!
+//! Enters: requests. Leaves: what the daemon answers, or why there is no answer. Invariant: every wait has an end.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+use super::api::{Attach, CreateVolume, Failure, Mount, Status, Unmount, Volume};
+
+/// How long the socket may take to be connected to: a daemon that lives accepts at once.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// The longest answer that is read: a list of thousands of volumes.
+const MAX_ANSWER: usize = 64 << 20;
+
+/// Why a request came to nothing.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// Nobody listens there.
+    #[error("no daemon answers at {}: {source}", socket.display())]
+    NoDaemon {
+        /// The socket.
+        socket: PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
+    /// The daemon refused, and said why.
+    #[error("{}", .0.error)]
+    Refused(Failure),
+    /// There was no whole answer.
+    #[error("the daemon's answer was cut short: {0}")]
+    Broken(#[from] hyper::Error),
+    /// It took too long.
+    #[error("the daemon did not answer within {} s", .0.as_secs())]
+    TimedOut(Duration),
+    /// What came is not what this client knows.
+    #[error("the daemon's answer can't be understood: {0}")]
+    Answer(String),
+}
+
+impl ClientError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            ClientError::NoDaemon { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                Some("run this as the user the daemon runs as".to_owned())
+            }
+            ClientError::NoDaemon { .. } => {
+                Some("start it with 'horcrux-nbd serve', or give the --state-dir it runs on".to_owned())
+            }
+            ClientError::Refused(failure) => failure.hint.clone(),
+            ClientError::Answer(_) => Some("use a client of the daemon's release".to_owned()),
+            _ => None,
+        }
+    }
+}
+
+/// A daemon that can be asked.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+    limit: Duration,
+}
+
+impl Client {
+    /// The daemon that listens on this socket; each request may take as long as `limit`.
+    pub fn new(socket: &Path, limit: Duration) -> Client {
+        Client { socket: socket.to_owned(), limit }
+    }
+
+    /// The daemon as it is now.
+    pub async fn status(&self) -> Result<Status, ClientError> {
+        self.ask(Method::GET, "/v1/status", None::<&()>).await
+    }
+
+    /// Every volume, by name.
+    pub async fn volumes(&self) -> Result<Vec<Volume>, ClientError> {
+        self.ask(Method::GET, "/v1/volumes", None::<&()>).await
+    }
+
+    /// One volume.
+    pub async fn volume(&self, name: &str) -> Result<Volume, ClientError> {
+        self.ask(Method::GET, &volume_path(name), None::<&()>).await
+    }
+
+    /// Makes a volume.
+    pub async fn create_volume(&self, wanted: &CreateVolume) -> Result<Volume, ClientError> {
+        self.ask(Method::POST, "/v1/volumes", Some(wanted)).await
+    }
+
+    /// Takes a volume away.
+    pub async fn remove_volume(&self, name: &str) -> Result<(), ClientError> {
+        self.exchange(Method::DELETE, &volume_path(name), None::<&()>).await.map(drop)
+    }
+
+    /// Makes a volume a kernel device.
+    pub async fn attach(&self, name: &str, wanted: &Attach) -> Result<Volume, ClientError> {
+        self.ask(Method::POST, &format!("{}/attach", volume_path(name)), Some(wanted)).await
+    }
+
+    /// Makes a volume a kernel device no more.
+    pub async fn detach(&self, name: &str) -> Result<(), ClientError> {
+        self.exchange(Method::POST, &format!("{}/detach", volume_path(name)), None::<&()>).await.map(drop)
+    }
+
+    /// Mounts a volume on a directory, by its absolute path.
+    pub async fn mount(&self, name: &str, wanted: &Mount) -> Result<Volume, ClientError> {
+        self.ask(Method::POST, &format!("{}/mount", volume_path(name)), Some(wanted)).await
+    }
+
+    /// Unmounts a volume.
+    pub async fn unmount(&self, name: &str, wanted: &Unmount) -> Result<(), ClientError> {
+        self.exchange(Method::POST, &format!("{}/unmount", volume_path(name)), Some(wanted)).await.map(drop)
+    }
+
+    async fn ask<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Q>,
+    ) -> Result<A, ClientError> {
+        let answer = self.exchange(method, path, body).await?;
+        serde_json::from_slice(&answer).map_err(|error| ClientError::Answer(error.to_string()))
+    }
+
+    async fn exchange<Q: Serialize>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Q>,
+    ) -> Result<Bytes, ClientError> {
+        let body = match body {
+            Some(body) => serde_json::to_vec(body).map_err(|error| ClientError::Answer(error.to_string()))?,
+            None => Vec::new(),
+        };
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "localhost")
+            .header("content-type", "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|error| ClientError::Answer(error.to_string()))?;
+        let stream = self.connect().await?;
+        let exchanged = async {
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+            let asked = async {
+                let answer = sender.send_request(request).await?;
+                let status = answer.status();
+                let read = Limited::new(answer.into_body(), MAX_ANSWER).collect().await;
+                let read = read.map_err(|error| ClientError::Answer(error.to_string()))?;
+                Ok::<_, ClientError>((status, read.to_bytes()))
+            };
+            let mut asked = std::pin::pin!(asked);
+            tokio::select! {
+                asked = asked.as_mut() => asked,
+                // It ends first where the daemon closes the connection with its answer.
+                ended = connection => { ended?; asked.await }
+            }
+        };
+        let (status, answer) = tokio::time::timeout(self.limit, exchanged)
+            .await
+            .map_err(|_| ClientError::TimedOut(self.limit))??;
+        if status.is_success() { Ok(answer) } else { Err(refused(status, &answer)) }
+    }
+
+    async fn connect(&self) -> Result<UnixStream, ClientError> {
+        let failed = |source| ClientError::NoDaemon { socket: self.socket.clone(), source };
+        let connecting = tokio::time::timeout(CONNECT_LIMIT, UnixStream::connect(&self.socket));
+        connecting.await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(failed)
+    }
+}
+
+fn volume_path(name: &str) -> String {
+    format!("/v1/volumes/{}", utf8_percent_encode(name, NON_ALPHANUMERIC))
+}
+
+/// What a refusal says; one that is not a daemon's is told by its status.
+fn refused(status: StatusCode, answer: &[u8]) -> ClientError {
+    match serde_json::from_slice(answer) {
+        Ok(failure) => ClientError::Refused(failure),
+        Err(_) => ClientError::Answer(format!("status {status}")),
+    }
+}

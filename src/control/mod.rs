@@ -1,0 +1,20 @@
+//! The control API: HTTP and JSON over a Unix socket, by which the command line and the Docker driver ask for volumes.
+//!
+//! Enters: requests. Leaves: JSON, and an OpenAPI document that describes all of it. Invariants: what is begun for a client is brought to its end when
+//! that client goes away; a client that stalls, floods or sends too much is cut off.
+
+pub mod api;
+pub mod client;
+mod failure;
+mod routes;
+mod server;
+
+pub use client::{Client, ClientError};
+pub use server::serve;
+
+use std::path::{Path, PathBuf};
+
+/// Where the daemon of a state directory listens.
+pub fn socket_of(state_dir: &Path) -> PathBuf {
+    state_dir.join("run").join("control.sock")
+}

@@ -1,0 +1,123 @@
+//! The API's server: connections on a Unix socket.
+//!
+//! Invariant: what clients may hold is bounded: so many connections, so long for a request's head and body; after a stop nobody is waited for longer than the grace.
+
+use std::convert::Infallible;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::routes;
+use crate::host::Host;
+
+/// Clients at a time; more wait to be accepted.
+const MAX_CONNECTIONS: usize = 128;
+/// A client has this long for the head of a request, and so an idle connection between two.
+const HEAD_LIMIT: Duration = Duration::from_secs(30);
+/// After a stop, requests in flight have this long.
+const GRACE: Duration = Duration::from_secs(10);
+/// An answer that is ready has this long to be sent.
+const LAST_WORDS: Duration = Duration::from_millis(200);
+/// After a failed accept (as a rule for want of descriptors) the next one waits.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves the API until `stop` is cancelled.
+pub async fn serve(listener: UnixListener, host: Arc<Host>, stop: CancellationToken) {
+    let router = routes::router(host);
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let connections = TaskTracker::new();
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = next(&listener, &places) => accepted,
+        };
+        match accepted {
+            Ok((stream, place)) => {
+                let (router, stop) = (router.clone(), stop.clone());
+                connections.spawn(async move {
+                    converse(stream, router, stop).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "can't accept a control connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    connections.close();
+    let _ = tokio::time::timeout(GRACE, connections.wait()).await;
+}
+
+async fn next(
+    listener: &UnixListener,
+    places: &Arc<Semaphore>,
+) -> io::Result<(UnixStream, tokio::sync::OwnedSemaphorePermit)> {
+    let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+    Ok((listener.accept().await?.0, place))
+}
+
+async fn converse(stream: UnixStream, router: Router, stop: CancellationToken) {
+    let (busy, mut is_busy) = watch::channel(0usize);
+    let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+        let (router, under_way) = (router.clone(), UnderWay::new(busy.clone()));
+        async move {
+            let answered = answer(router, request).await;
+            drop(under_way);
+            answered
+        }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_LIMIT)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            tokio::select! {
+                ended = connection.as_mut() => ended,
+                // One that has asked for nothing, or not yet to the end, is not waited for; an answer is sent out.
+                () = async { drop(is_busy.wait_for(|requests| *requests == 0).await) } => {
+                    tokio::time::timeout(LAST_WORDS, connection).await.unwrap_or(Ok(()))
+                }
+            }
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "control connection lost");
+    }
+}
+
+/// Counts a request that is being answered.
+struct UnderWay(watch::Sender<usize>);
+
+impl UnderWay {
+    fn new(count: watch::Sender<usize>) -> UnderWay {
+        count.send_modify(|requests| *requests += 1);
+        UnderWay(count)
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.send_modify(|requests| *requests -= 1);
+    }
+}
+
+async fn answer(router: Router, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    let mut router = router;
+    tower_service::Service::call(&mut router, request.map(Body::new)).await
+}

@@ -1,0 +1,320 @@
+//! The volumes of a host: which there are, which are open, who uses them.
+//!
+//! Enters: a state directory, and requests by volume name. Leaves: volumes made, opened when they are first asked for, served, taken away. Invariants: of one volume one
+//! thing is done at a time; what is asked about volumes is answered from this host alone, and never waits for a repository or another request.
+
+mod attach;
+mod error;
+mod mount;
+mod repositories;
+mod status;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use parking_lot::{Mutex, RwLock};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+pub use error::HostError;
+use repositories::Repositories;
+pub use status::{OpenStatus, VolumeStatus};
+
+use crate::cache::Cache;
+use crate::nbd::{Connector, Dormant, Export, Exports};
+use crate::repo::MetaCache;
+use crate::store;
+use crate::units::ByteLen;
+use crate::volume::{self, NewVolume, StateDir, Volume, VolumeError, VolumeName, VolumeRecord};
+
+/// How long a volume that goes waits for what its clients have in flight.
+const GRACE: Duration = Duration::from_secs(10);
+/// How long a prefetch has to keep its list when its volume is closed.
+const LAST_ACT: Duration = Duration::from_secs(5);
+/// Names in a message: enough to see a typing error, few enough for one line.
+const MOST_NAMES: usize = 8;
+
+/// How a host behaves.
+#[derive(Clone, Copy, Debug)]
+pub struct HostOptions {
+    /// How long a read waits for a repository that does not answer.
+    pub remote_timeout: Duration,
+    /// Bytes a second that may be fetched of what nobody asked for; `None` is no bound.
+    pub prefetch_rate: Option<ByteLen>,
+    /// How long a kernel device waits for a daemon that is gone before its requests fail.
+    pub dead_timeout: Duration,
+}
+
+/// The volumes of a host.
+pub struct Host {
+    state: Arc<StateDir>,
+    cache: Arc<Cache>,
+    options: HostOptions,
+    repositories: Repositories,
+    exports: Arc<Exports>,
+    /// Taken before any entry's `now`.
+    volumes: Mutex<BTreeMap<VolumeName, Arc<Entry>>>,
+    /// Set once its server is there.
+    connector: OnceLock<Connector>,
+    stop: CancellationToken,
+}
+
+/// One volume.
+#[derive(Default)]
+struct Entry {
+    /// Held by who makes, opens or takes away this volume, for as long as that takes.
+    turn: tokio::sync::Mutex<()>,
+    /// Held for moments only.
+    now: RwLock<Now>,
+}
+
+/// What is known of a volume at the moment.
+#[derive(Default)]
+struct Now {
+    /// `None`: it is not there yet, or not any more.
+    record: Option<VolumeRecord>,
+    open: Option<OpenVolume>,
+    attached: Option<attach::Attached>,
+}
+
+struct OpenVolume {
+    volume: Arc<Volume>,
+    export: Arc<Export>,
+    stop: CancellationToken,
+    prefetch: JoinHandle<()>,
+}
+
+impl Host {
+    /// The host of a state directory: finds the volumes in it, opens none. Blocks on the disk.
+    pub fn open(
+        state: StateDir,
+        cache: Arc<Cache>,
+        options: HostOptions,
+        stop: CancellationToken,
+    ) -> Result<Arc<Host>, VolumeError> {
+        let mut volumes = BTreeMap::new();
+        for name in state.volumes()? {
+            match VolumeRecord::load(&state.volume_dir(name.as_str())) {
+                Ok(record) => {
+                    let now = RwLock::new(Now { record, ..Now::default() });
+                    volumes.insert(name, Arc::new(Entry { now, ..Entry::default() }));
+                }
+                // The others are served all the same.
+                Err(error) => tracing::error!(volume = %name, %error, "this volume can't be used"),
+            }
+        }
+        let host = Arc::new_cyclic(|host: &Weak<Host>| Host {
+            state: Arc::new(state),
+            cache,
+            options,
+            repositories: Repositories::new(options.remote_timeout),
+            exports: Arc::new(Exports::waking(Arc::new(Sleepers(host.clone())))),
+            volumes: Mutex::new(volumes),
+            connector: OnceLock::new(),
+            stop,
+        });
+        Ok(host)
+    }
+
+    /// Tells it of the server of its exports, whose connections kernel devices are given.
+    pub fn connect_through(&self, connector: Connector) {
+        // A host has one server.
+        let _ = self.connector.set(connector);
+    }
+
+    /// What is served, for a [`crate::nbd::Server`].
+    pub fn exports(&self) -> &Arc<Exports> {
+        &self.exports
+    }
+
+    /// Its state directory.
+    pub fn state_dir(&self) -> &std::path::Path {
+        self.state.root()
+    }
+
+    /// The host's cache.
+    pub fn cache(&self) -> &Arc<Cache> {
+        &self.cache
+    }
+
+    /// Every volume, by name. Looks at the kernel's table of mounts: for a blocking thread.
+    pub fn list(&self) -> Vec<VolumeStatus> {
+        let all: Vec<_> =
+            self.volumes.lock().iter().map(|(name, entry)| (name.clone(), entry.clone())).collect();
+        all.iter().filter_map(|(name, entry)| self.status(name, entry)).collect()
+    }
+
+    /// One volume. Looks at the kernel's table of mounts where it is attached.
+    pub fn inspect(&self, name: &VolumeName) -> Result<VolumeStatus, HostError> {
+        let entry = self.entry(name)?;
+        self.status(name, &entry).ok_or_else(|| self.no_volume(name))
+    }
+
+    /// Makes a volume. One that is there and was made of the same wishes is left as it is.
+    pub async fn create(&self, new: &NewVolume) -> Result<VolumeStatus, HostError> {
+        let entry = self.volumes.lock().entry(new.name.clone()).or_default().clone();
+        let turn = entry.turn.lock().await;
+        let made = self.create_in_turn(new, &entry).await;
+        drop(turn);
+        if made.is_err() {
+            self.forget_if_not_there(&new.name, &entry);
+        }
+        made?;
+        self.inspect(&new.name)
+    }
+
+    async fn create_in_turn(&self, new: &NewVolume, entry: &Entry) -> Result<(), HostError> {
+        let recorded = entry.now.read().record.clone();
+        let mut new = new.clone();
+        new.access = new.access.iter().map(|url| store::url::lasting(url)).collect::<Result<_, _>>()?;
+        if let Some(record) = recorded {
+            return Ok(new.check_same(&record)?);
+        }
+        if self.stop.is_cancelled() {
+            return Err(HostError::Stopping);
+        }
+        let repository = self.repositories.open(&new.access).await?;
+        let meta: Arc<dyn MetaCache> = self.cache.clone();
+        let record = new.create(&self.state, &repository, &meta).await?;
+        tracing::info!(volume = %new.name, image = %new.image, commit = %record.commit, "made");
+        entry.now.write().record = Some(record);
+        Ok(())
+    }
+
+    /// Takes a volume away, with its writes. Nobody may use it.
+    pub async fn remove(&self, name: &VolumeName) -> Result<(), HostError> {
+        let entry = self.entry(name)?;
+        let turn = entry.turn.lock().await;
+        self.record(name, &entry)?;
+        if let Some(attached) = &entry.now.read().attached {
+            let by = format!("it is attached as {}", attached.device().display());
+            return Err(HostError::InUse { volume: name.to_string(), by });
+        }
+        let clients = entry.now.read().open.as_ref().map_or(0, |open| open.export.connections());
+        if clients > 0 {
+            let by = format!("{clients} NBD connection{}", if clients == 1 { "" } else { "s" });
+            return Err(HostError::InUse { volume: name.to_string(), by });
+        }
+        self.close_in_turn(name, &entry).await?;
+        let (state, removed) = (self.state.clone(), name.clone());
+        let removing = move || volume::remove(&state, &removed);
+        tokio::task::spawn_blocking(removing).await.map_err(|_| HostError::Stopping)??;
+        entry.now.write().record = None;
+        drop(turn);
+        self.forget_if_not_there(name, &entry);
+        tracing::info!(volume = %name, "taken away");
+        Ok(())
+    }
+
+    /// Opens a volume, if it is not open, and serves it.
+    pub async fn serve(&self, name: &VolumeName) -> Result<Arc<Export>, HostError> {
+        let entry = self.entry(name)?;
+        let _turn = entry.turn.lock().await;
+        self.serve_in_turn(name, &entry).await
+    }
+
+    async fn serve_in_turn(&self, name: &VolumeName, entry: &Entry) -> Result<Arc<Export>, HostError> {
+        let open = entry.now.read().open.as_ref().map(|open| open.export.clone());
+        if let Some(export) = open {
+            return Ok(export);
+        }
+        let record = self.record(name, entry)?;
+        if self.stop.is_cancelled() {
+            return Err(HostError::Stopping);
+        }
+        let id = record.repository_id().unwrap_or_default();
+        let repository = self.repositories.opened_before(&record.access, id)?;
+        let (prefetch, read_only) = (record.prefetch, record.read_only);
+        let volume =
+            Volume::open(&self.state, &self.cache, &repository, name.as_str(), record, read_only).await?;
+        let volume = Arc::new(volume);
+        let export =
+            Arc::new(Export::new(name.to_string(), volume.record().describe(), volume.device().clone()));
+        self.exports.add(export.clone())?;
+        let stop = self.stop.child_token();
+        let prefetch = volume.clone().prefetch(prefetch, self.options.prefetch_rate, stop.clone());
+        let prefetch = tokio::spawn(prefetch);
+        tracing::info!(volume = %name, commit = %volume.record().commit, "open");
+        entry.now.write().open = Some(OpenVolume { volume, export: export.clone(), stop, prefetch });
+        Ok(export)
+    }
+
+    /// Closes a volume: its clients' connections end, its writes are flushed. It opens again when it is asked for.
+    async fn close_in_turn(&self, name: &VolumeName, entry: &Entry) -> Result<(), HostError> {
+        let Some(open) = entry.now.write().open.take() else { return Ok(()) };
+        open.stop.cancel();
+        let flushed = self.exports.remove(name.as_str(), GRACE).await;
+        // Its last act is to keep a list.
+        let _ = tokio::time::timeout(LAST_ACT, open.prefetch).await;
+        flushed
+            .map(drop)
+            .map_err(|source| HostError::Flush { volume: name.to_string(), source: Box::new(source) })
+    }
+
+    /// Waits, bounded, until what runs beside the volumes has ended, after the host's stop.
+    pub async fn stopped(&self) {
+        let entries: Vec<_> = self.volumes.lock().values().cloned().collect();
+        for entry in entries {
+            let open = entry.now.write().open.take();
+            if let Some(open) = open {
+                let _ = tokio::time::timeout(LAST_ACT, open.prefetch).await;
+            }
+        }
+    }
+
+    fn entry(&self, name: &VolumeName) -> Result<Arc<Entry>, HostError> {
+        let found = self.volumes.lock().get(name).cloned();
+        found.ok_or_else(|| self.no_volume(name))
+    }
+
+    /// What the volume is. Lets go of the entry before it says that there is none: entries are locked under the map, never the other way round.
+    fn record(&self, name: &VolumeName, entry: &Entry) -> Result<VolumeRecord, HostError> {
+        let record = entry.now.read().record.clone();
+        record.ok_or_else(|| self.no_volume(name))
+    }
+
+    fn no_volume(&self, name: &VolumeName) -> HostError {
+        let volumes = self.volumes.lock();
+        let there = volumes.iter().filter(|(_, entry)| entry.now.read().record.is_some());
+        let known = there.map(|(known, _)| known.to_string()).take(MOST_NAMES).collect();
+        HostError::NoVolume { volume: name.to_string(), known }
+    }
+
+    /// An entry that nobody waits for, of a volume that is not there, would stay for ever.
+    fn forget_if_not_there(&self, name: &VolumeName, entry: &Arc<Entry>) {
+        let mut volumes = self.volumes.lock();
+        // Two: the map's and the caller's. Whoever has another one found it in the map, under this lock.
+        if Arc::strong_count(entry) == 2 && entry.now.read().record.is_none() {
+            volumes.remove(name);
+        }
+    }
+}
+
+/// The host, as its server asks for what is not open.
+struct Sleepers(Weak<Host>);
+
+#[async_trait]
+impl Dormant for Sleepers {
+    fn list(&self) -> Vec<(String, String)> {
+        let Some(host) = self.0.upgrade() else { return Vec::new() };
+        let volumes = host.volumes.lock();
+        let described = |(name, entry): (&VolumeName, &Arc<Entry>)| {
+            Some((name.to_string(), entry.now.read().record.as_ref()?.describe()))
+        };
+        volumes.iter().filter_map(described).collect()
+    }
+
+    async fn wake(&self, name: &str) -> Result<Option<Arc<Export>>, String> {
+        let (Some(host), Ok(name)) = (self.0.upgrade(), name.parse::<VolumeName>()) else { return Ok(None) };
+        match host.serve(&name).await {
+            Ok(export) => Ok(Some(export)),
+            Err(HostError::NoVolume { .. }) => Ok(None),
+            Err(error) => {
+                tracing::warn!(volume = %name, %error, "can't open");
+                Err(error.to_string())
+            }
+        }
+    }
+}

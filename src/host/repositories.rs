@@ -1,0 +1,51 @@
+//! The repositories a host reads from: one connection to each, however many volumes come from there.
+//!
+//! Enters: the URLs of a volume. Leaves: a repository over a store that all volumes of the same URLs share, so that its sessions, its limits and what is known of its
+//! health are one. Invariant: what nobody uses any more is let go.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::HostError;
+use crate::repo::Repository;
+use crate::store::{self, RetryOptions, Store, UrlError};
+
+/// What a start reads at once as soon as it knows what to read.
+const FIRST_READS: usize = 32;
+
+/// The stores that are open, by the URLs they were opened by.
+pub struct Repositories {
+    options: RetryOptions,
+    open: Mutex<HashMap<Vec<String>, Weak<dyn Store>>>,
+}
+
+impl Repositories {
+    /// None yet; a read waits `deadline` for a repository that does not answer.
+    pub fn new(deadline: Duration) -> Repositories {
+        let options = RetryOptions { deadline, ..RetryOptions::default() };
+        Repositories { options, open: Mutex::default() }
+    }
+
+    /// The repository of these places; asks it who it is.
+    pub async fn open(&self, access: &[String]) -> Result<Repository, HostError> {
+        Ok(Repository::open(store::url::open_all(access, self.options)?).await?)
+    }
+
+    /// The repository a volume on this host was made from, whether it can be reached now or not.
+    pub fn opened_before(&self, access: &[String], id: [u8; 16]) -> Result<Repository, UrlError> {
+        let mut open = self.open.lock();
+        if let Some(store) = open.get(access).and_then(Weak::upgrade) {
+            return Ok(Repository::opened_before(store, id));
+        }
+        open.retain(|_, store| store.strong_count() > 0);
+        // It has answered on another day.
+        let options = RetryOptions { first_contact: self.options.deadline, ..self.options };
+        let store = store::url::open_all(access, options)?;
+        store.expect_reads(FIRST_READS);
+        open.insert(access.to_vec(), Arc::downgrade(&store));
+        Ok(Repository::opened_before(store, id))
+    }
+}

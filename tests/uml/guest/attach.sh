@@ -1,0 +1,152 @@
+# The daemon's volumes as kernel devices: attached and detached by the command line, under every kind of end a daemon can have.
+#
+# In: HORCRUX_CLI, HORCRUX_NBD, REPO with the images `image` (ext4) and `other` (XFS), MANIFEST of the first; ROUNDS of kills, LOOPS of attach and detach.
+export HORCRUX_STATE_DIR=$STATE
+cli() { "$HORCRUX_CLI" "$@"; }
+
+start_daemon() {
+    "$HORCRUX_NBD" serve "$@" >>"$UML_OUT/server.log" 2>&1 &
+    server_pid=$!
+    wait_until "the daemon's answer" cli status
+}
+kill_daemon() {
+    kill -9 "$server_pid"
+    wait "$server_pid" 2>/dev/null || true
+}
+# refused WORDS COMMAND...: it fails, and says this.
+refused() {
+    local words=$1 said
+    shift
+    if said=$("$@" 2>&1); then fail "not refused: $* ($said)"; fi
+    case $said in *"$words"*) ;; *) fail "'$*' said '$said', not '$words'" ;; esac
+}
+connected() { ls -d /sys/block/nbd*/pid 2>/dev/null | wc -l; }
+no_errors() {
+    if dmesg | grep -E "I/O error|Buffer I/O|EXT4-fs error|XFS.*(error|shutdown)|Remounting"; then fail "$1: the kernel saw errors"; fi
+}
+descriptors() { ls "/proc/$server_pid/fd" | wc -l; }
+
+mkdir -p /mnt/fs /mnt/fs2
+start_daemon
+cli volume create v1 --access "$REPO" --name image
+cli volume create v2 --access "$REPO" --name image
+cli volume create x1 --access "$REPO" --name other
+
+dev=$(cli attach v1)
+[ -b "$dev" ] || fail "'$dev' is no device"
+[ "$(cli attach v1)" = "$dev" ] || fail "attached again, it is another device"
+[ "$(cat "/sys/block/${dev#/dev/}/queue/logical_block_size")" = 4096 ] || fail "the block size of ext4 is not 4096"
+mount "$dev" /mnt/fs
+tree check "$MANIFEST" /mnt/fs
+say "attached, mounted, and it is its source"
+refused "volume v1 is in use: $dev is mounted on /mnt/fs" cli detach v1
+refused "volume v1 is in use: it is attached as $dev" cli volume rm v1
+refused "$dev is in use" cli attach v2 "$dev"
+refused "there is no /dev/sda" cli attach v2 /dev/sda
+refused "there is no volume v9" cli attach v9
+dev2=$(cli attach v2)
+[ "$dev2" != "$dev" ] || fail "two volumes on one device"
+devx=$(cli attach x1)
+[ "$(cat "/sys/block/${devx#/dev/}/queue/logical_block_size")" = 512 ] || fail "the block size of XFS is not its sector's"
+mount "$devx" /mnt/fs2
+umount /mnt/fs2
+echo "written to the device itself" | dd of="$dev2" bs=4096 seek=2000 conv=notrunc,sync status=none
+cli detach v2
+cli detach v2
+cli detach x1
+[ "$(cli attach v2 /dev/nbd7)" = /dev/nbd7 ] || fail "not the device that was asked for"
+[ "$(dd if=/dev/nbd7 bs=4096 skip=2000 count=1 status=none | head -1)" = "written to the device itself" ] || fail "a write to the device is lost"
+cli detach v2
+[ "$(connected)" = 1 ] || fail "$(connected) devices are connected, not 1"
+say "devices come and go"
+
+# Mounted in one step: two volumes of one XFS, whose UUID is one; what fails gives its device back.
+cli volume create x2 --access "$REPO" --name other --read-only
+mkdir -p /mnt/x1 /mnt/x2
+cli mount x1 /mnt/x1
+cli mount x1 /mnt/x1
+cli mount x2 /mnt/x2
+tree check "$MANIFEST" /mnt/x1
+tree check "$MANIFEST" /mnt/x2
+if touch /mnt/x2/new 2>/dev/null; then fail "a read-only volume was written to"; fi
+echo kept >/mnt/x1/kept
+refused "is mounted on /mnt/x1" cli detach x1
+exec 9</mnt/x1/kept
+refused "is in use: someone has a file open" cli umount x1
+exec 9<&-
+refused "volume x1 is not mounted on /mnt/x2" cli umount x1 /mnt/x2
+cli umount x1
+cli umount x2 /mnt/x2
+refused "can't find the directory /mnt/nowhere" cli mount x1 /mnt/nowhere
+[ "$(connected)" = 1 ] || fail "$(connected) devices are connected, not 1"
+cli mount x1 /mnt/x1
+[ "$(cat /mnt/x1/kept)" = kept ] || fail "a write is lost"
+cli umount x1
+cli umount x1
+say "mounted and unmounted in one step"
+
+# Killed, and stopped, under a program that writes: a pause, no error.
+fio --name=w --directory=/mnt/fs --rw=randwrite --bs=4k --size=24m --verify=crc32c --verify_backlog=64 --time_based \
+    --runtime=$((ROUNDS * 5 + 5)) --fsync=16 --ioengine=psync --output="$UML_OUT/fio" --output-format=json &
+fio_pid=$!
+for round in $(seq "$ROUNDS"); do
+    sleep 2
+    if [ $((round % 3)) = 0 ]; then stop_server; else kill_daemon; fi
+    sleep 1
+    start_daemon
+done
+wait "$fio_pid" || { cat "$UML_OUT/fio"; fail "fio ended with $?"; }
+no_errors "after $ROUNDS ends of the daemon"
+umount /mnt/fs
+fsck_clean "$dev" ext4
+mount "$dev" /mnt/fs
+pause=$(/usr/bin/python3 -c 'import json, sys
+text = open(sys.argv[1]).read()
+job = json.loads(text[text.index("{"):])["jobs"][0]
+assert job["error"] == 0 and job["write"]["total_ios"] > 0, job
+print(round(max(job[what]["lat_ns"]["max"] for what in ("read", "write", "sync")) / 1e6))' "$UML_OUT/fio")
+say "$ROUNDS daemons ended under fio, which saw no error; the longest pause was $pause ms, 1000 of them without a daemon"
+
+# Gone for longer than the device waits: errors then, and a way back.
+umount /mnt/fs
+cli detach v1
+stop_server
+start_daemon --dead-timeout 3
+dev=$(cli attach v1)
+kill_daemon
+before=$SECONDS
+if dd if="$dev" of=/dev/null bs=4096 count=1 iflag=direct status=none 2>/dev/null; then fail "a read without a daemon succeeded"; fi
+waited=$((SECONDS - before))
+[ $waited -ge 2 ] && [ $waited -le 30 ] || fail "it failed after $waited s, not 3"
+start_daemon
+cli detach v1
+dev=$(cli attach v1)
+mount "$dev" /mnt/fs
+umount /mnt/fs
+say "a daemon that stayed away too long: an error after $waited s, and attached again it is well"
+
+# Somebody else's hand.
+nbd-client -d "$dev" >/dev/null
+detached() { cli volume inspect v1 | grep -q "attached" && return 1; return 0; }
+wait_until "the daemon to see it" detached
+dev=$(cli attach v1)
+cli detach v1
+say "detached by another hand, it can be attached again"
+
+before=$(descriptors)
+for _ in $(seq "$LOOPS"); do
+    cli attach v1 >/dev/null
+    cli detach v1 >/dev/null
+done
+[ "$(connected)" = 0 ] || fail "$(connected) devices are left"
+settled() { [ "$(descriptors)" -le $((before + 4)) ]; }
+wait_until "the daemon to close what it used ($(descriptors) descriptors, $before before)" settled
+say "$LOOPS times attached and detached, nothing left"
+
+cli volume rm v1 v2 x1 x2
+rmmod nbd
+cli volume create v1 --access "$REPO" --name image
+refused "the kernel's nbd driver is not loaded" cli attach v1
+refused "hint: load it with 'modprobe nbd'" cli attach v1
+stop_server
+say "everything attached and detached"
