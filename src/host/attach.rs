@@ -26,8 +26,9 @@ use crate::nbd::{Connector, Ended, Export};
 use crate::units::{ByteLen, ByteOffset, ByteRange};
 use crate::volume::{VolumeName, VolumeRecord};
 
-/// Sockets of a device: the kernel spreads its requests over them, and each has a thread of its own here.
-const CONNECTIONS: usize = 2;
+/// Sockets of a device. With one, the driver leaves a request that takes long alone as long as its socket lives (nbd_xmit_timeout); with several it takes the socket for dead
+/// after the block layer's timeout, and asks again over another: a remote that is away for a minute would cost a device all its sockets, over and over.
+const CONNECTIONS: usize = 1;
 /// How a backend identifier of ours begins; the volume's id follows.
 const BACKEND: &str = "horcrux:";
 /// What the block size is where no filesystem says: every one can be mounted with it.

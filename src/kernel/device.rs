@@ -16,6 +16,8 @@ const PREFIX: &str = "nbd";
 /// One request of the kernel's: what a read-ahead of this size makes of many small ones.
 const MAX_SECTORS_KB: u64 = 4096;
 const READ_AHEAD_KB: u64 = 4096;
+/// How often the block layer looks after a request that is not answered: one that a dead socket took is asked again over the new one then, and not before.
+const LOOK_AFTER_MS: u64 = 2000;
 
 /// The device of an index.
 pub fn path_of(index: u32) -> PathBuf {
@@ -70,7 +72,12 @@ pub fn claim(index: u32) -> Result<OwnedFd, KernelError> {
 
 /// Lets the kernel ask for more at a time. What it does not take is no loss but speed.
 pub fn tune(index: u32) {
-    for (file, value) in [("queue/max_sectors_kb", MAX_SECTORS_KB), ("queue/read_ahead_kb", READ_AHEAD_KB)] {
+    let wishes = [
+        ("queue/max_sectors_kb", MAX_SECTORS_KB),
+        ("queue/read_ahead_kb", READ_AHEAD_KB),
+        ("queue/io_timeout", LOOK_AFTER_MS),
+    ];
+    for (file, value) in wishes {
         let path = sys(index).join(file);
         if let Err(error) = fs::write(&path, value.to_string()) {
             tracing::debug!(path = %path.display(), %error, "not set");
