@@ -144,12 +144,7 @@ impl Host {
                 }
                 error => error.into(),
             })?;
-            // What was written to the device itself, past any filesystem, is in the kernel's memory still.
-            rustix::fs::fsync(&claimed).map_err(|errno| KernelError::System {
-                action: "flush",
-                path: Some(device::path_of(index)),
-                source: errno.into(),
-            })?;
+            device::flush(&claimed, index)?;
             stop.cancel();
             Ok(Netlink::open()?.disconnect(index)?)
         };

@@ -70,6 +70,33 @@ pub fn claim(index: u32) -> Result<OwnedFd, KernelError> {
     }
 }
 
+/// Brings to the device what was written to it past any filesystem and is in the kernel's memory still. A device that is dead (its last socket was gone for too long) takes
+/// nothing any more: that is no error here, what it had is lost, and its programs were told.
+pub fn flush(claimed: &OwnedFd, index: u32) -> Result<(), KernelError> {
+    match rustix::fs::fsync(claimed) {
+        Ok(()) => Ok(()),
+        Err(errno) if is_dead(index) => {
+            tracing::warn!(device = %path_of(index).display(), %errno, "the device is dead: what was not flushed is lost");
+            Ok(())
+        }
+        Err(errno) => Err(KernelError::of("flush", Some(path_of(index)))(errno.into())),
+    }
+}
+
+/// Whether not even its first block can be read, past the kernel's cache.
+fn is_dead(index: u32) -> bool {
+    const BLOCK: usize = 4096;
+    let Ok(device) =
+        rustix::fs::open(path_of(index), OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty())
+    else {
+        return true;
+    };
+    let mut room = vec![0; 2 * BLOCK];
+    // Direct reads go to addresses that are multiples of the block.
+    let skip = room.as_ptr().align_offset(BLOCK);
+    rustix::io::pread(&device, &mut room[skip..skip + BLOCK], 0) == Err(rustix::io::Errno::IO)
+}
+
 /// Lets the kernel ask for more at a time. What it does not take is no loss but speed.
 pub fn tune(index: u32) {
     let wishes = [
