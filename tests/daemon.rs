@@ -163,7 +163,7 @@ fn asking_again_for_a_volume_changes_nothing_and_other_wishes_are_refused() {
 fn volumes_are_there_after_a_restart_with_the_repository_away() {
     let image = Image::sparse();
     let state = image.state();
-    let mut server = Serve::daemon(&state).start();
+    let server = Serve::daemon(&state).start();
     create(&image, "kept", &[]).ok();
     // Of another version: not even its map is here.
     std::fs::write(image.raw_file(), noise(9, 16 * MIB)).unwrap();
@@ -173,9 +173,9 @@ fn volumes_are_there_after_a_restart_with_the_repository_away() {
     client.read(0, 4 * MIB).unwrap();
     client.write(MIB as u64, &[8; PAGE]).unwrap();
     client.flush().unwrap();
-    // The chunks are on the disk once the cache has written them; a kill takes those that are not.
-    std::thread::sleep(Duration::from_secs(1));
-    server.kill();
+    // A stop writes out what the cache has; a kill may not.
+    client.disconnect();
+    server.stop();
     std::fs::rename(image.repo(), image.dir().join("away")).unwrap();
 
     let server = Serve::daemon(&state).arg("--remote-timeout").arg("1").start();
@@ -227,6 +227,38 @@ fn a_volume_at_its_quota_has_no_space_for_more_and_takes_what_it_has_again() {
     client.write(4 * MIB as u64, &[3; MIB / 2 - PAGE]).unwrap();
     assert_eq!(client.write(8 * MIB as u64, &[3; PAGE]), Err(Errno::NoSpc));
     client.disconnect();
+    server.stop();
+}
+
+#[test]
+fn a_volume_with_the_name_of_another_image_is_never_served_as_that_image() {
+    let image = Image::sparse();
+    let other = image.dir().join("other");
+    std::fs::write(&other, noise(5, 4 * MIB)).unwrap();
+    image.store("other", &other);
+    let state = image.state();
+    let server = Serve::daemon(&state).start();
+    let repo = image.repo().display().to_string();
+    volume(&state, &["create", "disk", "--access", &repo, "--name", "other"]).ok();
+    server.stop();
+    for more in [[].as_slice(), &["--read-only"]] {
+        let mut serve = Serve::disk(&image);
+        for arg in more {
+            serve = serve.arg(arg);
+        }
+        assert_eq!(
+            serve.refused().lines().filter(|line| !line.contains("INFO")).collect::<Vec<_>>(),
+            [
+                "error: volume disk is one of the image other, not of the image disk",
+                "hint: 'horcrux-nbd serve' without a name serves that volume; use another --state-dir for this image",
+            ]
+        );
+    }
+    // Pinning goes by the volume, whatever its image is called.
+    run(cli().args(["pin", "disk", "--state-dir"]).arg(&state)).ok();
+    std::fs::rename(image.repo(), image.dir().join("away")).unwrap();
+    let server = Serve::daemon(&state).start();
+    assert_eq!(Client::open(&server, "disk").read(0, 4 * MIB).unwrap(), noise(5, 4 * MIB));
     server.stop();
 }
 

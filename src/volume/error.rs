@@ -118,6 +118,14 @@ pub enum VolumeError {
     /// A part of the commit could not be fetched.
     #[error(transparent)]
     Base(#[from] BaseError),
+    /// The volume is there, but of another image than the one it has the name of.
+    #[error("volume {volume} is one of the image {recorded}, not of the image {volume}")]
+    OtherImage {
+        /// The volume.
+        volume: String,
+        /// The image it was made from.
+        recorded: String,
+    },
     /// The volume is there, but of another repository.
     #[error("volume {volume} is of the repository {recorded}, not of {asked}")]
     OtherRepository {

@@ -93,6 +93,7 @@ impl Volume {
             let commit = resolve(&source.reference.clone().unwrap_or_default()).await?;
             return Self::make(dir, cache, repository, source, commit, read_only).await;
         };
+        record.check_image(&name, source)?;
         record.check_repository(&name, source, repository)?;
         let asked = source.reference.clone().unwrap_or_default();
         // A repository that can't be reached now must not keep the volume from its user.

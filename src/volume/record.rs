@@ -153,6 +153,14 @@ impl VolumeRecord {
         self.image.parse().map_err(problem)
     }
 
+    /// Refuses a volume of another image: volumes may have names of their own.
+    pub(super) fn check_image(&self, volume: &str, source: &Source) -> Result<(), VolumeError> {
+        if self.image == source.image.as_str() {
+            return Ok(());
+        }
+        Err(VolumeError::OtherImage { volume: volume.to_owned(), recorded: self.image.clone() })
+    }
+
     /// Refuses a volume of another repository. The same repository may be named in another way.
     pub(super) fn check_repository(
         &self,

@@ -61,6 +61,10 @@ fn of_volume(error: &VolumeError) -> Option<String> {
             "leave out @REF to go on with the volume's changes, \
              or use another --state-dir for another version of {volume}"
         ),
+        VolumeError::OtherImage { .. } => {
+            "'horcrux-nbd serve' without a name serves that volume; use another --state-dir for this image"
+                .to_owned()
+        }
         VolumeError::OtherRepository { .. } => "use another --state-dir for another repository".to_owned(),
         VolumeError::Record { .. } => "if a newer Horcrux wrote it, serve it with that one; \
              another --state-dir starts without the volume's changes"
