@@ -125,14 +125,15 @@ impl Host {
     }
 
     /// Makes a volume a device no more. Nobody may have it mounted; one that is no device is left as it is.
-    pub async fn detach(&self, name: &VolumeName) -> Result<(), HostError> {
+    pub async fn detach(self: &Arc<Self>, name: &VolumeName) -> Result<(), HostError> {
         let entry = self.entry(name)?;
         let _turn = entry.turn.lock().await;
         let (index, stop) = match &entry.now.read().attached {
             Some(attached) => (attached.index, attached.stop.clone()),
             None => return Ok(()),
         };
-        let volume = name.to_string();
+        let record = self.record(name, &entry)?;
+        let (volume, stopping) = (name.to_string(), stop.clone());
         let disconnecting = move || {
             if !device::is_connected(index) {
                 return Ok::<_, HostError>(());
@@ -145,10 +146,20 @@ impl Host {
                 error => error.into(),
             })?;
             device::flush(&claimed, index)?;
-            stop.cancel();
-            Ok(Netlink::open()?.disconnect(index)?)
+            let netlink = Netlink::open()?;
+            // Before: the sockets end on purpose now.
+            stopping.cancel();
+            Ok(netlink.disconnect(index)?)
         };
-        tokio::task::spawn_blocking(disconnecting).await.map_err(|_| HostError::Stopping)??;
+        let disconnected =
+            tokio::task::spawn_blocking(disconnecting).await.unwrap_or(Err(HostError::Stopping));
+        if let Err(error) = disconnected {
+            if stop.is_cancelled() && !self.stop.is_cancelled() {
+                // It is a device still, so somebody has to look after its sockets.
+                self.keep(name, &entry, &record, index, Vec::new());
+            }
+            return Err(error);
+        }
         if let Some(attached) = entry.now.write().attached.take() {
             attached.stop.cancel();
         }

@@ -56,7 +56,7 @@ impl Host {
     }
 
     /// Unmounts a volume from a directory, or from all it is mounted on, and detaches it where no mount is left. One that is not mounted is detached all the same.
-    pub async fn unmount(&self, name: &VolumeName, dir: Option<&Path>) -> Result<(), HostError> {
+    pub async fn unmount(self: &Arc<Self>, name: &VolumeName, dir: Option<&Path>) -> Result<(), HostError> {
         let Some(device) = self.inspect(name)?.device else { return Ok(()) };
         let asked = dir.map(|dir| dir.canonicalize().unwrap_or_else(|_| dir.to_owned()));
         let volume = name.to_string();
