@@ -14,7 +14,7 @@ use horcrux::repo::{ImageName, MetaCache, RepoError, Repository, Version, Versio
 use horcrux::store::{self, RetryOptions, UrlError};
 use horcrux::units::ByteLen;
 use horcrux::volume::pin::{chunks_of, is_pinned, unpin};
-use horcrux::volume::{Source, StateDir, Volume, VolumeError, VolumeRecord, volume_dir};
+use horcrux::volume::{StateDir, Volume, VolumeError, VolumeName, VolumeRecord, volume_dir};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
@@ -29,7 +29,7 @@ pub struct Pin {
     #[arg(long, value_name = "SIZE", default_value = "16G")]
     cache_size: ByteLen,
     /// The volume
-    volume: ImageName,
+    volume: VolumeName,
 }
 
 /// `unpin`.
@@ -38,7 +38,7 @@ pub struct Unpin {
     #[command(flatten)]
     place: Place,
     /// The volume
-    volume: ImageName,
+    volume: VolumeName,
 }
 
 /// `cache`.
@@ -131,8 +131,8 @@ impl Pin {
         let store = store::url::open_all(&record.access, RetryOptions::default())?;
         let brought = runtime()?.block_on(async {
             let repository = Repository::open(store).await?;
-            let source = Source { access: record.access, image: self.volume.clone(), reference: None };
-            let volume = Volume::of_image(&state, &cache, &repository, &source, true).await?;
+            let volume =
+                Volume::open(&state, &cache, &repository, self.volume.as_str(), record, true).await?;
             Ok::<_, Error>(volume.pin(&cache).await?)
         })?;
         say!("{}: all of it is here and stays ({} fetched)", self.volume, brought.human());
@@ -204,8 +204,12 @@ fn needed(state_dir: &Path, of: impl Fn(&Path) -> bool) -> Result<BTreeMap<Strin
     let runtime = runtime()?;
     for entry in listed {
         let entry = entry.map_err(|source| Error::Read { dir: dir.clone(), source })?;
+        // What is being taken away has no volume's name.
+        let Some(volume) = entry.file_name().to_str().and_then(|name| name.parse::<VolumeName>().ok()) else {
+            continue;
+        };
         let Some(record) = VolumeRecord::load(&entry.path())?.filter(|_| of(&entry.path())) else { continue };
-        let volume = entry.file_name().to_string_lossy().into_owned();
+        let volume = volume.to_string();
         let chunks = runtime.block_on(chunks_of_record(state_dir, &record));
         let chunks = chunks.map_err(|source| match source {
             Error::Repo(source) => Error::Unknown { volume: volume.clone(), source: Box::new(source) },

@@ -5,10 +5,10 @@
 
 use clap::Subcommand;
 use horcrux::format::PrefetchList;
-use horcrux::repo::{ImageName, RepoError, Repository};
+use horcrux::repo::{RepoError, Repository};
 use horcrux::store::{self, UrlError};
 use horcrux::volume::prefetch::{ask_for_list, load_list};
-use horcrux::volume::{VolumeError, VolumeRecord};
+use horcrux::volume::{VolumeError, VolumeName, VolumeRecord};
 use serde::Serialize;
 
 use crate::place::{Found, Place, PlaceError};
@@ -27,12 +27,12 @@ enum Action {
     /// Have the next 'serve' list anew what the volume's first five minutes read (it does so by itself where there is no list)
     Record {
         /// The volume
-        volume: ImageName,
+        volume: VolumeName,
     },
     /// Show the volume's list
     Show {
         /// The volume
-        volume: ImageName,
+        volume: VolumeName,
         /// Print it as JSON, all runs of chunks included
         #[arg(long)]
         json: bool,
@@ -40,7 +40,7 @@ enum Action {
     /// Keep the volume's list with its commit in the repository: starts on other hosts fetch by it
     Push {
         /// The volume
-        volume: ImageName,
+        volume: VolumeName,
         /// Where to keep it; may be given more than once [default: the place the volume was made from]
         #[arg(long, value_name = "REPO")]
         access: Vec<String>,
@@ -115,7 +115,7 @@ struct Shown<'l> {
     runs: Vec<(u64, u64)>,
 }
 
-fn show(volume: &ImageName, list: &PrefetchList, json: bool) -> Result<(), Error> {
+fn show(volume: &VolumeName, list: &PrefetchList, json: bool) -> Result<(), Error> {
     if json {
         let shown = Shown {
             volume: volume.as_str(),

@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::Subcommand;
 use horcrux::control::api::{Attach, CreateVolume, Mount, PrefetchMode, Unmount, Volume};
 use horcrux::control::{Client, ClientError, socket_of};
-use horcrux::repo::{ImageName, Reference, RepoError};
+use horcrux::repo::RefSpec;
 use horcrux::units::ByteLen;
 use horcrux::volume::VolumeName;
 use serde::Serialize;
@@ -62,8 +62,8 @@ struct Create {
     #[arg(long, value_name = "REPO", required = true)]
     access: Vec<String>,
     /// Image, and which version of it
-    #[arg(long, value_name = "NAME[@REF]", value_parser = parse_name)]
-    name: Name,
+    #[arg(long, value_name = "NAME[@REF]")]
+    name: RefSpec,
     /// Size of the disk [default: the image's]
     #[arg(long, value_name = "SIZE")]
     size: Option<ByteLen>,
@@ -86,20 +86,6 @@ enum Prefetch {
     All,
     None,
     Learned,
-}
-
-#[derive(Clone)]
-struct Name {
-    image: ImageName,
-    reference: Option<Reference>,
-}
-
-fn parse_name(text: &str) -> Result<Name, RepoError> {
-    let (image, reference) = match text.split_once('@') {
-        Some((image, reference)) => (image, Some(reference.parse()?)),
-        None => (text, None),
-    };
-    Ok(Name { image: image.parse()?, reference })
 }
 
 /// `status`.
@@ -191,7 +177,7 @@ impl Create {
             name: self.volume.to_string(),
             access: self.access.iter().map(|place| lasting(place)).collect(),
             image: self.name.image.to_string(),
-            reference: self.name.reference.as_ref().map(ToString::to_string),
+            reference: Some(self.name.reference.to_string()),
             size: self.size.map(|size| size.0),
             read_only: self.read_only,
             prefetch: match self.prefetch {
