@@ -1,7 +1,7 @@
 //! One connection in its transmission phase, on a thread of its own.
 //!
 //! Enters: bytes of a socket. Leaves: replies. Invariant: what is held for a client is bounded ([`MAX_IN_FLIGHT`], [`MAX_IN_FLIGHT_BYTES`],
-//! [`MAX_OUTPUT`]); when a bound is reached no more is read from it until something has left.
+//! [`MAX_OUTPUT`], and a [`Budget`] all clients share); when a bound is reached no more is read from it until something has left.
 //!
 //! While nothing is in flight the thread waits in the receive call itself: a warm request costs one receive and one send and no other system call. Payloads of
 //! writes are used where they were received if they are there whole, else received straight into a buffer of their own.
@@ -20,6 +20,7 @@ use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_s
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use tokio::runtime::Handle;
 
+use super::budget::{Budget, Share};
 use super::export::Export;
 use super::handshake::Chosen;
 use super::mailbox::Mailbox;
@@ -88,6 +89,8 @@ enum Receiving {
 struct Finished {
     request: Request,
     outcome: Outcome,
+    /// Until the outcome is among the output.
+    _share: Share,
 }
 
 struct Connection {
@@ -96,6 +99,7 @@ struct Connection {
     membership: Membership,
     /// Where requests that must wait are run.
     shared: Handle,
+    budget: Arc<Budget>,
     decoder: Transmission,
     replies: Replies,
     facts: ExportFacts,
@@ -116,9 +120,14 @@ struct Connection {
     unheard: Option<End>,
 }
 
-/// Serves the client until it is done, vanishes, or the export is stopped; then finishes what is in flight. Requests that must wait run on `shared`. Blocks: for a thread of
-/// its own.
-pub fn run(socket: OwnedFd, chosen: Chosen, shared: Handle) -> Result<End, ConnectionError> {
+/// Serves the client until it is done, vanishes, or the export is stopped; then finishes what is in flight. Requests that must wait run on `shared`, within `budget`.
+/// Blocks: for a thread of its own.
+pub fn run(
+    socket: OwnedFd,
+    chosen: Chosen,
+    shared: Handle,
+    budget: Arc<Budget>,
+) -> Result<End, ConnectionError> {
     let Chosen { negotiated, export, input } = chosen;
     let membership = export.peers().join(socket.try_clone()?);
     if export.stopping().is_cancelled() {
@@ -139,6 +148,7 @@ pub fn run(socket: OwnedFd, chosen: Chosen, shared: Handle) -> Result<End, Conne
         export,
         membership,
         shared,
+        budget,
         replies: decoder.replies(),
         facts: negotiated.facts(),
         decoder,
@@ -171,7 +181,7 @@ impl Connection {
             }
             let held_up = !self.has_room();
             self.finished.take(&mut finished);
-            for Finished { request, outcome } in finished.drain(..) {
+            for Finished { request, outcome, _share } in finished.drain(..) {
                 self.in_flight -= 1;
                 self.in_flight_bytes -= request::weight(&request);
                 reply::put(&mut self.output, self.replies, &request, outcome);
@@ -234,6 +244,8 @@ impl Connection {
         self.in_flight < MAX_IN_FLIGHT
             && self.in_flight_bytes < MAX_IN_FLIGHT_BYTES
             && self.output.pending() < MAX_OUTPUT
+            // What this one has under way wakes it, so it need not be told when others are done.
+            && (self.in_flight == 0 || !self.budget.is_spent())
     }
 
     /// Waits until something can be done, and receives if that is it; `false` where the client has closed its end.
@@ -443,9 +455,10 @@ impl Connection {
         self.in_flight_bytes += request::weight(&request);
         let (export, fence) = (self.export.clone(), self.membership.fence().clone());
         let (contexts, finished) = (self.contexts.clone(), self.finished.clone());
+        let share = self.budget.take(request::weight(&request));
         self.shared.spawn(async move {
             let outcome = request::run(export, fence, contexts, request, payload, rest).await;
-            finished.post(Finished { request, outcome });
+            finished.post(Finished { request, outcome, _share: share });
         });
     }
 

@@ -7,6 +7,7 @@
 //! one receive and one send; what must wait becomes a task of the shared runtime, and its reply is sent when it is done, out of order. So nothing one client
 //! does can hold up another, and one slow request does not hold up the client's others.
 
+mod budget;
 mod connection;
 mod error;
 mod export;

@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::budget::Budget;
 use super::connection::{self, ConnectionError, End};
 use super::error::ServeError;
 use super::exports::Exports;
@@ -57,6 +58,7 @@ pub struct Server {
 struct Shared {
     exports: Arc<Exports>,
     connections: TaskTracker,
+    budget: Arc<Budget>,
     /// How long a handshake may take.
     limit: Duration,
     stop: CancellationToken,
@@ -102,7 +104,13 @@ impl Server {
         Server {
             listeners,
             grace,
-            shared: Arc::new(Shared { exports, connections: TaskTracker::new(), limit, stop }),
+            shared: Arc::new(Shared {
+                exports,
+                connections: TaskTracker::new(),
+                budget: Arc::default(),
+                limit,
+                stop,
+            }),
         }
     }
 
@@ -192,7 +200,7 @@ impl Shared {
         let thread = std::thread::Builder::new().name("nbd-connection".to_owned()).stack_size(STACK);
         let runtime = Handle::current();
         let spawned = thread.spawn(move || {
-            serve(&client, socket, chosen, runtime);
+            serve(&client, socket, chosen, runtime, self.budget.clone());
             drop(kept);
         });
         if let Err(error) = spawned {
@@ -202,10 +210,10 @@ impl Shared {
 }
 
 /// A connection's thread.
-fn serve(client: &str, socket: OwnedFd, chosen: Chosen, shared: Handle) {
+fn serve(client: &str, socket: OwnedFd, chosen: Chosen, shared: Handle, budget: Arc<Budget>) {
     let export = chosen.export.name().to_owned();
     tracing::info!(client, export, mode = ?chosen.negotiated.mode, "connected");
-    match connection::run(socket, chosen, shared) {
+    match connection::run(socket, chosen, shared, budget) {
         Ok(End::Vanished) => tracing::warn!(client, export, "the client vanished with requests under way"),
         Ok(end) => tracing::info!(client, export, ?end, "connection closed"),
         Err(ConnectionError::Protocol(error)) => {
