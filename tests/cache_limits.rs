@@ -172,3 +172,65 @@ fn eight_threads_of_random_reads_and_evictions_see_only_right_bytes() {
     assert!(stats.allocated <= ByteLen(16 << 20));
     assert_eq!(stats.healed, 0);
 }
+
+#[tokio::test]
+async fn what_is_freed_gives_its_space_back_and_what_is_kept_or_read_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path(), 64);
+    insert_all(&cache, 0..300, small()).await;
+    let before = on_disk(dir.path());
+    cache.keep([id(7, small())]);
+    let held = read(&cache, 9, small()).await;
+    assert_eq!(cache.chunks().len(), 300);
+    // Of the chunks that go: one is kept, one is being read, one was never here.
+    let freed = cache.free((0..200).chain([5000]).map(|n| id(n, small())).collect()).await;
+    assert_eq!(freed.chunks, 198);
+    let chunks = cache.chunks();
+    assert_eq!(chunks.len(), 102);
+    assert!((200..300).chain([7, 9]).all(|n| chunks.contains(&id(n, small()))));
+    assert!(on_disk(dir.path()) <= before - (190 << 16), "{before}, then {}", on_disk(dir.path()));
+    assert_eq!(*held, *content(9, small()));
+    assert_eq!(cache.stats().used.0, 102 << 16);
+
+    // The slots are used again, and a start finds what is there and nothing else.
+    insert_all(&cache, 1000..1150, small()).await;
+    assert_eq!(cache.free((200..220).map(|n| id(n, small())).collect()).await.chunks, 20);
+    drop((held, cache));
+    let cache = open(dir.path(), 64);
+    assert_eq!(cache.chunks().len(), 82 + 150);
+    for n in (220..300).chain(1000..1150).chain([7, 9]) {
+        assert!(cache.contains(&id(n, small())), "{n}");
+        assert_eq!(*read(&cache, n, small()).await, *content(n, small()));
+    }
+    assert_eq!(cache.stats().healed, 0);
+    let all = cache.chunks();
+    assert_eq!(cache.free(all).await.chunks, 232);
+    assert_eq!((on_disk(dir.path()), cache.stats().used.0, cache.stats().allocated.0), (0, 0, 0));
+    assert_eq!(*read(&cache, 3, small()).await, *content(3, small()));
+}
+
+/// Chunks are freed, fetched and read at once: no read sees anything but its chunk.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn reads_beside_freeing_see_their_chunks_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path(), 32);
+    let mut readers = Vec::new();
+    for reader in 0..4 {
+        let cache = cache.clone();
+        readers.push(tokio::spawn(async move {
+            let mut random = Random(seed("reads_beside_freeing") + reader);
+            for _ in 0..1500 {
+                let n = random.below(200);
+                assert_eq!(*read(&cache, n, small()).await, *content(n, small()), "{n}");
+            }
+        }));
+    }
+    while readers.iter().any(|reader| !reader.is_finished()) {
+        let chunks = cache.chunks();
+        cache.free(chunks).await;
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    for reader in readers {
+        reader.await.unwrap();
+    }
+}

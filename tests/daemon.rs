@@ -578,3 +578,46 @@ fn a_hundred_volumes_are_one_small_process() {
     drop(clients);
     server.stop();
 }
+
+/// What the cache holds, as the daemon says.
+fn cached(state: &Path) -> u64 {
+    let status: Value =
+        serde_json::from_str(&run(cli().args(["status", "--json", "--state-dir"]).arg(state)).ok()).unwrap();
+    status["cache"]["used_bytes"].as_u64().unwrap()
+}
+
+#[test]
+fn the_last_volume_of_an_image_takes_what_nobody_else_needs_out_of_the_cache() {
+    let image = Image::of(noise(51, 6 * MIB));
+    // Half of it is the first image's.
+    let other = [&image.raw[..3 * MIB], &noise(52, 3 * MIB)].concat();
+    std::fs::write(image.dir().join("other"), &other).unwrap();
+    image.store("other", &image.dir().join("other"));
+    let state = image.state();
+    let server = Serve::daemon(&state).start();
+    let repo = image.repo().display().to_string();
+    for name in ["a1", "a2"] {
+        create(&image, name, &["--prefetch", "all"]).ok();
+    }
+    volume(&state, &["create", "b", "--access", &repo, "--name", "other", "--prefetch", "all"]).ok();
+    for name in ["a1", "b"] {
+        Client::open(&server, name).disconnect();
+    }
+    let all = 9 * MIB as u64;
+    assert!(until(PATIENCE, || cached(&state) == all), "{} of {all}", cached(&state));
+    // There is another one of it, which may want the same.
+    volume(&state, &["rm", "a1"]).ok();
+    assert_eq!(cached(&state), all);
+    volume(&state, &["rm", "a2"]).ok();
+    assert_eq!(cached(&state), 6 * MIB as u64);
+    assert_eq!(server.lines("freed what nobody needs").len(), 1, "{}", server.log());
+    // What is left serves alone.
+    std::fs::rename(image.repo(), image.dir().join("away")).unwrap();
+    assert_eq!(Client::open(&server, "b").read(0, 6 * MIB).unwrap(), other);
+    // Once its client is gone.
+    assert!(until(PATIENCE, || volume(&state, &["rm", "b"]).status.success()));
+    assert_eq!(cached(&state), 0);
+    let slabs = std::fs::read_dir(state.join("cache/slabs")).unwrap();
+    assert_eq!(slabs.count(), 0);
+    server.stop();
+}

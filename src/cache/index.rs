@@ -8,7 +8,7 @@
 //! Memory: a chunk on the disk costs its 40-byte slot (in the slab) and here a 4-byte place and a control byte, by
 //! the table's load 5 to 12 bytes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -233,6 +233,16 @@ impl Index {
         for shard in &self.shards {
             shard.lock().slabs[usize::from(number)] = None;
         }
+    }
+
+    /// Every chunk that is in a slot.
+    pub(super) fn chunks(&self) -> HashSet<ChunkId> {
+        let mut chunks = HashSet::new();
+        for shard in &self.shards {
+            let shard = shard.lock();
+            chunks.extend(shard.table.iter().map(|place| shard.slab(*place).id(place.slot.into())));
+        }
+        chunks
     }
 
     /// Adds up (hits, misses, joined).

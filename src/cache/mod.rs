@@ -29,6 +29,7 @@ mod slab;
 mod stats;
 mod writer;
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -36,9 +37,10 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
 pub use blobs::MAX_BLOB;
+pub use care::Freed;
 pub use chunk_ref::{ChunkRef, ChunkSlice};
 pub use error::{CacheError, FetchError};
 pub use flight::{Claim, Flight, Pending, Settled};
@@ -195,6 +197,20 @@ impl Cache {
         self.inner.kept.add(ids);
     }
 
+    /// Every chunk that is on the disk here.
+    pub fn chunks(&self) -> HashSet<ChunkId> {
+        self.inner.index.chunks()
+    }
+
+    /// Lets these chunks go and gives their space back, but for what is to be kept and what is being read at the moment. What was freed.
+    pub async fn free(&self, chunks: HashSet<ChunkId>) -> Freed {
+        let Some(jobs) = &self.jobs else { return Freed::default() };
+        let (tell, told) = oneshot::channel();
+        // Without its thread, which panicked, there is nobody to free anything, and the other end is dropped.
+        let _ = jobs.send(Job::Free { chunks, tell });
+        told.await.unwrap_or_default()
+    }
+
     /// What chunks may take of the limit; a little less fits, by what slabs' own records take.
     pub fn chunk_limit(&self) -> ByteLen {
         ByteLen(self.limit.0 - (self.limit.0 / BLOB_SHARE).clamp(MIN_BLOB_SHARE, MAX_BLOB_SHARE))
@@ -256,7 +272,7 @@ impl Cache {
         if let (Some(size), Some(room), Some(jobs)) = (size, room, &self.jobs) {
             shard.staged.insert(chunk.id(), content.clone());
             let id = chunk.id();
-            if jobs.send(Job { chunk, size, room }).is_err() {
+            if jobs.send(Job::Store { chunk, size, room }).is_err() {
                 // The writer thread is gone: it panicked. The cache serves what it has.
                 shard.staged.remove(&id);
                 count(&self.inner.counters.heap_fallbacks, 1);

@@ -228,6 +228,17 @@ impl Slab {
         self.file.write_all_at(&[0; RECORD_LEN], self.geometry.record_at(slot))
     }
 
+    /// Gives the space of a slot that is in no index and has no pins back to the filesystem; `false` where that can't be done, and the slot keeps it.
+    pub(super) fn release(&self, slot: u32) -> bool {
+        // The record first: a slot whose bytes are gone must not say that it holds something.
+        if self.clear_record(slot).is_err() {
+            return false;
+        }
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let len = self.geometry.chunk().len() as u64;
+        rustix::fs::fallocate(&self.file, hole, self.geometry.slot_at(slot), len).is_ok()
+    }
+
     /// Reads the slot with pread, so that a bad sector is an error and not a signal, and checks it against its id.
     /// The caller holds a pin.
     pub(super) fn check(&self, slot: u32) -> bool {

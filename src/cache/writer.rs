@@ -11,21 +11,23 @@
 //! whole slab from the size that has most, before it evicts its own. If every slot is pinned the chunk stays in
 //! memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 
 use rustix::io::Errno;
+use tokio::sync::oneshot;
 
 use super::Inner;
+use super::care::Freed;
 use super::index::{Evicted, Place};
 use super::queue::Room;
 use super::slab::{BAD, FILLED, PINS, Slab};
 use super::stats::{count, discount, value};
 use crate::format::cache_index::{MIN_SLAB_LOG2, SlabGeometry};
-use crate::format::{ChunkSize, VerifiedChunk};
+use crate::format::{ChunkId, ChunkSize, VerifiedChunk};
 use crate::lock::FileLock;
 
 /// After the disk refused to give a new slab, this many chunks are stored or turned away before it is asked again.
@@ -35,11 +37,12 @@ const SMALLER_SLABS: u8 = 4;
 /// A chunk size with less than 1/8 of the space may take a slab from another.
 const FAIR_SHARE: u64 = 8;
 
-/// A chunk to be written. Its room in the queue is given back when the job is done.
-pub(super) struct Job {
-    pub(super) chunk: VerifiedChunk,
-    pub(super) size: ChunkSize,
-    pub(super) room: Room,
+/// What the writer is asked to do.
+pub(super) enum Job {
+    /// A chunk to be written. Its room in the queue is given back when the job is done.
+    Store { chunk: VerifiedChunk, size: ChunkSize, room: Room },
+    /// Chunks nobody needs.
+    Free { chunks: HashSet<ChunkId>, tell: oneshot::Sender<Freed> },
 }
 
 /// The slabs of one chunk size.
@@ -118,13 +121,57 @@ impl Writer {
 
     /// Writes until the senders are gone and the queue is empty.
     pub(super) fn run(mut self, jobs: Receiver<Job>) {
-        while let Ok(Job { chunk, size, room }) = jobs.recv() {
-            if !self.store(&chunk, size) {
-                count(&self.inner.counters.heap_fallbacks, 1);
-                self.inner.index.shard(&chunk.id()).staged.remove(&chunk.id());
+        while let Ok(job) = jobs.recv() {
+            match job {
+                Job::Store { chunk, size, room } => {
+                    if !self.store(&chunk, size) {
+                        count(&self.inner.counters.heap_fallbacks, 1);
+                        self.inner.index.shard(&chunk.id()).staged.remove(&chunk.id());
+                    }
+                    drop(room);
+                }
+                Job::Free { chunks, tell } => {
+                    // Who asked may not wait for the answer.
+                    let _ = tell.send(self.free(&chunks));
+                }
             }
-            drop(room);
         }
+    }
+
+    /// Empties the slots of these chunks; slabs that hold nothing then go, of the others the slots' space does.
+    fn free(&mut self, chunks: &HashSet<ChunkId>) -> Freed {
+        let mut freed = Freed::default();
+        let slabs = |class: (&ChunkSize, &Class)| {
+            class.1.slabs.iter().map(|slab| (*class.0, slab.clone())).collect::<Vec<_>>()
+        };
+        let slabs: Vec<(ChunkSize, Arc<Slab>)> = self.classes.iter().flat_map(slabs).collect();
+        for (size, slab) in slabs {
+            let slots = 0..slab.geometry.slots();
+            let is_going = |slot: &u32| {
+                slab.slot(*slot).state.load(Ordering::Relaxed) & FILLED != 0
+                    && chunks.contains(&slab.id(*slot))
+            };
+            let going: Vec<u32> = slots.clone().filter(is_going).collect();
+            let emptied: Vec<u32> =
+                going.into_iter().filter(|slot| self.evict(&slab, *slot, false) == Evicted::Yes).collect();
+            if emptied.is_empty() {
+                continue;
+            }
+            freed.chunks += emptied.len() as u64;
+            let in_use = |slot: u32| slab.slot(slot).state.load(Ordering::Acquire) & (FILLED | PINS) != 0;
+            if !slots.clone().any(in_use) {
+                freed.bytes.0 += slab.geometry.file_len();
+                self.drop_slab(size, &slab);
+                continue;
+            }
+            for slot in emptied {
+                freed.bytes.0 += if slab.release(slot) { size.len() as u64 } else { 0 };
+                self.give_back(size, Place { slab: slab.number, slot: slot as u16 });
+            }
+        }
+        // Space was given back, whatever the disk said before.
+        self.growth_paused = 0;
+        freed
     }
 
     /// Moves a chunk from the stage into a slot. `false`: there was none, or it could not be written.

@@ -187,7 +187,7 @@ impl Host {
     pub async fn remove(&self, name: &VolumeName) -> Result<(), HostError> {
         let entry = self.entry(name)?;
         let turn = entry.turn.lock().await;
-        self.record(name, &entry)?;
+        let record = self.record(name, &entry)?;
         if let Some(attached) = &entry.now.read().attached {
             let by = format!("it is attached as {}", attached.device().display());
             return Err(HostError::InUse { volume: name.to_string(), by });
@@ -205,7 +205,33 @@ impl Host {
         drop(turn);
         self.forget_if_not_there(name, &entry);
         tracing::info!(volume = %name, "taken away");
+        self.free_what_is_left_of(&record).await;
         Ok(())
+    }
+
+    /// Frees what the cache holds for nobody, if this was the last volume of its image: while there is one, the next may need the same.
+    async fn free_what_is_left_of(&self, gone: &VolumeRecord) {
+        let records = {
+            let volumes = self.volumes.lock();
+            let all = volumes.values().filter_map(|entry| entry.now.read().record.clone());
+            all.collect::<Vec<_>>()
+        };
+        let of = |record: &VolumeRecord| (record.repository_id(), record.image.clone());
+        if records.iter().any(|record| of(record) == of(gone)) {
+            return;
+        }
+        // What it brought last may be on its way to the disk still.
+        let _ = tokio::time::timeout(LAST_ACT, self.cache.written()).await;
+        let cache = self.cache.clone();
+        let looking = move || volume::unused_chunks(&cache, &records);
+        let Ok(unused) = tokio::task::spawn_blocking(looking).await else { return };
+        let freed = self.cache.free(unused).await;
+        tracing::info!(
+            image = gone.image,
+            chunks = freed.chunks,
+            bytes = freed.bytes.0,
+            "its last volume is gone: freed what nobody needs"
+        );
     }
 
     /// Opens a volume, if it is not open, and serves it.

@@ -16,6 +16,7 @@ pub mod error;
 pub mod fetch;
 mod flights;
 mod keys;
+mod known;
 pub mod map_builder;
 pub mod meta;
 pub mod names;
@@ -26,6 +27,7 @@ pub mod writer;
 
 pub use block_writer::BlockWriter;
 pub use error::RepoError;
+pub use known::known_chunks;
 pub use map_builder::{MapBase, MapBuilder};
 pub use meta::{MetaCache, NoMetaCache};
 pub use names::{BranchName, ImageName, RefSpec, Reference, TagName};

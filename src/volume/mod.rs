@@ -11,6 +11,7 @@ pub mod pin;
 pub mod prefetch;
 mod record;
 mod state_dir;
+mod unused;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ pub use prefetch::Prefetch;
 use record::Wanted;
 pub use record::{RECORD_FILE, VolumeRecord};
 pub use state_dir::{StateDir, default_state_dir, volume_dir};
+pub use unused::unused_chunks;
 
 use crate::cache::Cache;
 use crate::device::{Base, Device};

@@ -1,0 +1,37 @@
+//! What can be known of a commit on this host alone, with no store to ask.
+//!
+//! Enters: a commit's id, and where metadata is remembered. Leaves: the chunks of every table that is remembered, block by block. What is not here is passed over: no chunk
+//! below it can be read without asking the store first.
+
+use super::MetaCache;
+use crate::format::map_node::{MapNode, root_level};
+use crate::format::{ChunkId, ChunkTable, Commit, CommitId, MapRoot, NodeId};
+
+/// Calls `visit` with each chunk of the commit that can be found without its repository. Blocks on files.
+pub fn known_chunks(meta: &dyn MetaCache, commit: CommitId, visit: &mut dyn FnMut(&ChunkId)) {
+    let read = meta.get(&commit.0).filter(|bytes| commit.check(bytes).is_ok());
+    let Some(commit) = read.and_then(|bytes| Commit::decode(&bytes).ok()) else { return };
+    let MapRoot::Node(root) = commit.map else { return };
+    // As deep as the map is, times what a node has.
+    let mut nodes: Vec<(NodeId, u8)> = vec![(root, root_level(commit.blocks()))];
+    while let Some((id, level)) = nodes.pop() {
+        let read = meta.get(&id.0).filter(|bytes| id.check(bytes).is_ok());
+        match read.and_then(|bytes| MapNode::decode(&bytes, level).ok()) {
+            Some(MapNode::Inner { level, entries }) => {
+                nodes.extend(entries.into_iter().map(|(_, below)| (below, level - 1)));
+            }
+            Some(MapNode::Leaf(entries)) => {
+                for (_, table) in entries {
+                    let read = meta.get(&table.id.0).filter(|bytes| table.id.check(bytes).is_ok());
+                    let decode = |bytes: bytes::Bytes| {
+                        ChunkTable::decode(&bytes, table.object, commit.block_size, commit.chunk_size).ok()
+                    };
+                    if let Some(table) = read.and_then(decode) {
+                        table.entries().iter().for_each(|entry| visit(&entry.id));
+                    }
+                }
+            }
+            None => {}
+        }
+    }
+}
