@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use harness::proxy::{Proxy, Reach};
 use harness::weed::{self, Weed};
-use harness::{Client, Image, PAGE, PATIENCE, Ran, Serve, cli, need, noise, run, until};
+use harness::{Client, Image, PAGE, PATIENCE, Ran, Serve, cli, files_below, need, noise, run, until};
 use nbd_proto::Errno;
 use nbd_proto::client::Wish;
 use rand::Rng;
@@ -620,4 +620,50 @@ fn the_last_volume_of_an_image_takes_what_nobody_else_needs_out_of_the_cache() {
     let slabs = std::fs::read_dir(state.join("cache/slabs")).unwrap();
     assert_eq!(slabs.count(), 0);
     server.stop();
+}
+
+#[test]
+fn credentials_of_a_store_are_in_no_answer_no_file_and_no_log() {
+    let image = Image::sparse();
+    let state = image.state();
+    if !weed::weed() || !need(&["curl"]) {
+        return;
+    }
+    let weed = Weed::start();
+    let (near, denied) = (weed.url("repo"), weed.url("elsewhere"));
+    let mut store = cli();
+    weed::with_credentials(&mut store, weed::ACCESS_KEY, weed::SECRET_KEY);
+    run(store.args(["image-from-file", "disk"]).arg(image.raw_file()).arg(&near)).ok();
+    let server = Serve::daemon(&state).credentials(weed::ACCESS_KEY, weed::SECRET_KEY).start();
+    volume(&state, &["create", "v", "--access", &near, "--name", "disk"]).ok();
+    let mut client = Client::open(&server, "v");
+    assert_eq!(client.read(0, PAGE).unwrap(), image.raw[..PAGE]);
+    client.write(0, &[1; PAGE]).unwrap();
+    client.flush().unwrap();
+    let mut seen = String::new();
+    let asked = format!(r#"{{"name":"w","access":["{denied}"],"image":"disk"}}"#);
+    let json = "content-type: application/json";
+    for args in [
+        vec!["http://localhost/v1/status"],
+        vec!["http://localhost/v1/volumes"],
+        vec!["http://localhost/v1/volumes/v"],
+        vec!["http://localhost/openapi.json"],
+        // An error of the store's.
+        vec!["-H", json, "--data", &asked, "http://localhost/v1/volumes"],
+    ] {
+        seen += &curl(&state, &args).1;
+    }
+    assert!(seen.contains(&near) && seen.contains("elsewhere/ at"), "{seen}");
+    client.disconnect();
+    let log = server.kept_log();
+    server.stop();
+    seen += &log.lock().unwrap();
+    for secret in [weed::ACCESS_KEY, weed::SECRET_KEY] {
+        assert!(!seen.contains(secret), "{seen}");
+        for file in files_below(&state) {
+            let bytes = std::fs::read(&file).unwrap();
+            let found = bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
+            assert!(!found, "{} holds {secret}", file.display());
+        }
+    }
 }

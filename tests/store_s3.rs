@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use harness::weed::{ACCESS_KEY, BUCKET, SECRET_KEY, Weed, weed, with_credentials, without_credentials};
-use harness::{Image, Serve, cli, need, noise, run};
+use harness::{Image, Serve, cli, files_below, need, noise, run};
 use horcrux::store::{Key, S3Place, S3Store, Store};
 
 fn place(endpoint: String, prefix: &str) -> S3Place {
@@ -114,21 +114,6 @@ fn an_image_in_a_bucket_is_served_and_reads_as_its_source() {
             assert!(!found, "{} holds {secret}", file.display());
         }
     }
-}
-
-fn files_below(dir: &Path) -> Vec<std::path::PathBuf> {
-    let mut found = Vec::new();
-    let mut dirs = vec![dir.to_owned()];
-    while let Some(dir) = dirs.pop() {
-        for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
-            match entry.file_type().unwrap() {
-                kind if kind.is_dir() => dirs.push(entry.path()),
-                kind if kind.is_file() => found.push(entry.path()),
-                _ => {}
-            }
-        }
-    }
-    found
 }
 
 #[test]
