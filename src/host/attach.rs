@@ -14,6 +14,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use nbd_proto::HeaderMode;
 use nbd_proto::client::{Connect, Negotiated, Wish};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::{Entry, Host, HostError, VolumeStatus};
@@ -37,6 +38,8 @@ const SMALLEST_BLOCK: u32 = 512;
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(60);
 /// A new socket that ends within this was not taken by the kernel, which had none that was dead.
 const TAKEN_AFTER: Duration = Duration::from_millis(200);
+/// How long a device that was disconnected has to close its sockets.
+const SOCKETS_END: Duration = Duration::from_secs(5);
 /// How long it waits between two tries to give a device new sockets: from, to.
 const PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(5)];
 
@@ -45,6 +48,8 @@ pub(super) struct Attached {
     pub(super) index: u32,
     /// Cancelled when it is to be detached: its sockets end on purpose then.
     stop: CancellationToken,
+    /// Ends after that, once its sockets have.
+    keeper: JoinHandle<()>,
 }
 
 impl Attached {
@@ -160,8 +165,11 @@ impl Host {
             }
             return Err(error);
         }
-        if let Some(attached) = entry.now.write().attached.take() {
+        let attached = entry.now.write().attached.take();
+        if let Some(attached) = attached {
             attached.stop.cancel();
+            // Who takes the volume away next must not find it connected.
+            let _ = tokio::time::timeout(SOCKETS_END, attached.keeper).await;
         }
         tracing::info!(volume = %name, device = %device::path_of(index).display(), "detached");
         Ok(())
@@ -198,17 +206,19 @@ impl Host {
         ended: Vec<Ended>,
     ) {
         let stop = self.stop.child_token();
-        entry.now.write().attached = Some(Attached { index, stop: stop.clone() });
-        let keeper = Keeper {
+        let mut keeper = Keeper {
             host: Arc::downgrade(self),
             name: name.clone(),
             backend: backend_of(record),
             index,
             live: ended.into_iter().collect(),
         };
-        tokio::spawn(async move {
-            tokio::select! { () = stop.cancelled() => {}, () = keeper.run() => {} }
-        });
+        let stopping = stop.clone();
+        let keeping = async move {
+            tokio::select! { () = stopping.cancelled() => {}, () = keeper.run() => {} }
+            while keeper.live.next().await.is_some() {}
+        };
+        entry.now.write().attached = Some(Attached { index, stop, keeper: tokio::spawn(keeping) });
     }
 
     /// A new connection to our own server.
@@ -237,7 +247,7 @@ struct Keeper {
 }
 
 impl Keeper {
-    async fn run(mut self) {
+    async fn run(&mut self) {
         let mut pause = PAUSES[0];
         let mut lost: Option<Instant> = None;
         loop {
