@@ -124,6 +124,9 @@ pub fn remove(state: &StateDir, name: &VolumeName) -> Result<bool, VolumeError> 
     std::fs::rename(&dir, &gone).map_err(io("take away", &dir))?;
     crate::durable::sync_dir(crate::durable::parent_of(&dir)).map_err(io("sync", &dir))?;
     drop(lock);
-    std::fs::remove_dir_all(&gone).map_err(io("delete", &gone))?;
+    // It is no volume any more, whatever comes of this: what stays is deleted at the next start.
+    if let Err(error) = std::fs::remove_dir_all(&gone) {
+        tracing::warn!(dir = %gone.display(), %error, "can't delete what is left of a volume");
+    }
     Ok(true)
 }
