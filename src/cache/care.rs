@@ -9,11 +9,9 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FallocateFlags;
-
 use super::blobs::Blobs;
 use super::error::CacheError;
-use super::slab::Slab;
+use super::slab::{self, Slab};
 use super::stats::Counters;
 use crate::format::ChunkId;
 use crate::format::cache_index::{HEADER_LEN, RECORD_LEN, RECORDS_AT, SlabGeometry, decode_record};
@@ -85,13 +83,8 @@ impl SlabFile {
         self.geometry.chunk().len() as u64
     }
 
-    /// The record first: a slot whose bytes are gone must not say that it holds something.
     fn free(&self, slot: usize) -> io::Result<()> {
-        self.file.write_all_at(&[0; RECORD_LEN], self.geometry.record_at(slot as u32))?;
-        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        // Best effort: where a filesystem can't, the slot's space is used again by the next chunk.
-        let _ = rustix::fs::fallocate(&self.file, hole, self.geometry.slot_at(slot as u32), self.chunk_len());
-        Ok(())
+        slab::release(&self.file, &self.geometry, slot as u32).map(drop)
     }
 }
 

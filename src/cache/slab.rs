@@ -230,13 +230,7 @@ impl Slab {
 
     /// Gives the space of a slot that is in no index and has no pins back to the filesystem; `false` where that can't be done, and the slot keeps it.
     pub(super) fn release(&self, slot: u32) -> bool {
-        // The record first: a slot whose bytes are gone must not say that it holds something.
-        if self.clear_record(slot).is_err() {
-            return false;
-        }
-        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let len = self.geometry.chunk().len() as u64;
-        rustix::fs::fallocate(&self.file, hole, self.geometry.slot_at(slot), len).is_ok()
+        release(&self.file, &self.geometry, slot).unwrap_or(false)
     }
 
     /// Reads the slot with pread, so that a bad sector is an error and not a signal, and checks it against its id.
@@ -291,6 +285,15 @@ impl Slab {
             tracing::warn!(slab = %self.path.display(), %error, "can't delete the cache slab");
         }
     }
+}
+
+/// Marks a slot free on the disk and gives its space back; `Ok(false)` where the filesystem can't, and the next chunk there uses it again.
+pub(super) fn release(file: &File, geometry: &SlabGeometry, slot: u32) -> io::Result<bool> {
+    // The record first: a slot whose bytes are gone must not say that it holds something.
+    file.write_all_at(&[0; RECORD_LEN], geometry.record_at(slot))?;
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let len = geometry.chunk().len() as u64;
+    Ok(rustix::fs::fallocate(file, hole, geometry.slot_at(slot), len).is_ok())
 }
 
 /// The current second of a clock that only goes forward, never 0. Coarse, so that it costs no system call.
