@@ -623,6 +623,46 @@ fn the_last_volume_of_an_image_takes_what_nobody_else_needs_out_of_the_cache() {
 }
 
 #[test]
+fn a_pinned_volume_that_is_removed_lets_its_chunks_go_and_one_that_stays_keeps_all_of_its_own() {
+    let image = Image::of(noise(53, 6 * MIB));
+    let other = [&image.raw[..3 * MIB], &noise(54, 3 * MIB)].concat();
+    std::fs::write(image.dir().join("other"), &other).unwrap();
+    image.store("other", &image.dir().join("other"));
+    let third = noise(55, MIB);
+    std::fs::write(image.dir().join("third"), &third).unwrap();
+    image.store("third", &image.dir().join("third"));
+    let state = image.state();
+    let repo = image.repo().display().to_string();
+    let server = Serve::daemon(&state).start();
+    create(&image, "a", &[]).ok();
+    for (name, of) in [("b", "other"), ("c", "third")] {
+        volume(&state, &["create", name, "--access", &repo, "--name", of, "--prefetch", "all"]).ok();
+    }
+    server.stop();
+    for name in ["a", "b"] {
+        run(cli().args(["pin", name, "--state-dir"]).arg(&state)).ok();
+    }
+    let server = Serve::daemon(&state).start();
+    for name in ["a", "b", "c"] {
+        Client::open(&server, name).disconnect();
+    }
+    let mib = MIB as u64;
+    assert!(until(PATIENCE, || cached(&state) == 10 * mib), "{}", cached(&state));
+    volume(&state, &["rm", "a"]).ok();
+    assert_eq!(cached(&state), 7 * mib);
+    // What b needs can't be told any more, so that nothing is freed.
+    for file in files_below(&state.join("cache/meta")) {
+        std::fs::remove_file(file).unwrap();
+    }
+    assert!(until(PATIENCE, || volume(&state, &["rm", "c"]).status.success()));
+    assert_eq!(cached(&state), 7 * mib);
+    let said = server.lines("can't tell what a pinned volume needs: nothing is freed");
+    assert_eq!(said.len(), 1, "{}", server.log());
+    assert_eq!(Client::open(&server, "b").read(0, 6 * MIB).unwrap(), other);
+    server.stop();
+}
+
+#[test]
 fn credentials_of_a_store_are_in_no_answer_no_file_and_no_log() {
     let image = Image::sparse();
     let state = image.state();

@@ -197,6 +197,11 @@ impl Cache {
         self.inner.kept.add(ids);
     }
 
+    /// Takes that back.
+    pub fn let_go(&self, ids: &HashSet<ChunkId>) {
+        self.inner.kept.remove(ids);
+    }
+
     /// Every chunk that is on the disk here.
     pub fn chunks(&self) -> HashSet<ChunkId> {
         self.inner.index.chunks()

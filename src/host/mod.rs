@@ -213,18 +213,22 @@ impl Host {
     async fn free_what_is_left_of(&self, gone: &VolumeRecord) {
         let records = {
             let volumes = self.volumes.lock();
-            let all = volumes.values().filter_map(|entry| entry.now.read().record.clone());
-            all.collect::<Vec<_>>()
+            let with_record = |(name, entry): (&VolumeName, &Arc<Entry>)| {
+                entry.now.read().record.clone().map(|record| (name.clone(), record))
+            };
+            volumes.iter().filter_map(with_record).collect::<Vec<_>>()
         };
         let of = |record: &VolumeRecord| (record.repository_id(), record.image.clone());
-        if records.iter().any(|record| of(record) == of(gone)) {
+        if records.iter().any(|(_, record)| of(record) == of(gone)) {
             return;
         }
         // What it brought last may be on its way to the disk still.
         let _ = tokio::time::timeout(LAST_ACT, self.cache.written()).await;
-        let cache = self.cache.clone();
-        let looking = move || volume::unused_chunks(&cache, &records);
+        let (cache, state) = (self.cache.clone(), self.state.clone());
+        let looking = move || volume::unused_chunks(&cache, &state, &records);
         let Ok(unused) = tokio::task::spawn_blocking(looking).await else { return };
+        // Those of a volume that was pinned as well.
+        self.cache.let_go(&unused);
         let freed = self.cache.free(unused).await;
         tracing::info!(
             image = gone.image,
