@@ -44,6 +44,13 @@ fn create(image: &Image, name: &str, more: &[&str]) -> Ran {
     volume(&image.state(), &args)
 }
 
+/// Another image beside `disk`.
+fn add(image: &Image, name: &str, content: &[u8]) {
+    let file = image.dir().join(name);
+    std::fs::write(&file, content).unwrap();
+    image.store(name, &file);
+}
+
 fn inspected(state: &Path, name: &str) -> Value {
     serde_json::from_str(&volume(state, &["inspect", name, "--json"]).ok()).unwrap()
 }
@@ -591,8 +598,7 @@ fn the_last_volume_of_an_image_takes_what_nobody_else_needs_out_of_the_cache() {
     let image = Image::of(noise(51, 6 * MIB));
     // Half of it is the first image's.
     let other = [&image.raw[..3 * MIB], &noise(52, 3 * MIB)].concat();
-    std::fs::write(image.dir().join("other"), &other).unwrap();
-    image.store("other", &image.dir().join("other"));
+    add(&image, "other", &other);
     let state = image.state();
     let server = Serve::daemon(&state).start();
     let repo = image.repo().display().to_string();
@@ -626,11 +632,8 @@ fn the_last_volume_of_an_image_takes_what_nobody_else_needs_out_of_the_cache() {
 fn a_pinned_volume_that_is_removed_lets_its_chunks_go_and_one_that_stays_keeps_all_of_its_own() {
     let image = Image::of(noise(53, 6 * MIB));
     let other = [&image.raw[..3 * MIB], &noise(54, 3 * MIB)].concat();
-    std::fs::write(image.dir().join("other"), &other).unwrap();
-    image.store("other", &image.dir().join("other"));
-    let third = noise(55, MIB);
-    std::fs::write(image.dir().join("third"), &third).unwrap();
-    image.store("third", &image.dir().join("third"));
+    add(&image, "other", &other);
+    add(&image, "third", &noise(55, MIB));
     let state = image.state();
     let repo = image.repo().display().to_string();
     let server = Serve::daemon(&state).start();
@@ -659,6 +662,28 @@ fn a_pinned_volume_that_is_removed_lets_its_chunks_go_and_one_that_stays_keeps_a
     let said = server.lines("can't tell what a pinned volume needs: nothing is freed");
     assert_eq!(said.len(), 1, "{}", server.log());
     assert_eq!(Client::open(&server, "b").read(0, 6 * MIB).unwrap(), other);
+    server.stop();
+}
+
+#[test]
+fn a_pinned_volume_that_nobody_asked_for_since_the_start_keeps_its_chunks() {
+    let image = Image::of(noise(56, 6 * MIB));
+    add(&image, "big", &noise(57, 24 * MIB));
+    let state = image.state();
+    let repo = image.repo().display().to_string();
+    let daemon = || Serve::daemon(&state).arg("--cache-size").arg("20M").start();
+    let server = daemon();
+    create(&image, "small", &[]).ok();
+    volume(&state, &["create", "big", "--access", &repo, "--name", "big"]).ok();
+    server.stop();
+    run(cli().args(["pin", "--cache-size", "20M", "small", "--state-dir"]).arg(&state)).ok();
+    // The other one goes by twice.
+    let server = daemon();
+    for _ in 0..2 {
+        assert_eq!(Client::open(&server, "big").read(0, 24 * MIB).unwrap().len(), 24 * MIB);
+    }
+    std::fs::rename(image.repo(), image.dir().join("away")).unwrap();
+    assert_eq!(Client::open(&server, "small").read(0, 6 * MIB).unwrap(), image.raw);
     server.stop();
 }
 

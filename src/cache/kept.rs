@@ -1,6 +1,6 @@
 //! Chunks that are never evicted: those of pinned volumes.
 //!
-//! Invariant: a chunk that was asked to be kept is; of others, one in some billions may be too (and be let go with another), since only 8 bytes of an id are remembered.
+//! Invariant: a chunk that was asked to be kept is; of others, one in some billions may be too, since only 8 bytes of an id are remembered.
 
 use std::collections::HashSet;
 
@@ -24,12 +24,9 @@ impl Kept {
         self.ids.write().extend(ids.into_iter().map(|id| short(&id)));
     }
 
-    pub(super) fn remove(&self, ids: &HashSet<ChunkId>) {
-        let mut kept = self.ids.write();
-        for id in ids {
-            kept.remove(&short(id));
-        }
-        kept.shrink_to_fit();
+    pub(super) fn replace(&self, ids: impl IntoIterator<Item = ChunkId>) {
+        let kept = ids.into_iter().map(|id| short(&id)).collect();
+        *self.ids.write() = kept;
     }
 
     pub(super) fn has(&self, id: &ChunkId) -> bool {

@@ -197,9 +197,9 @@ impl Cache {
         self.inner.kept.add(ids);
     }
 
-    /// Takes that back.
-    pub fn let_go(&self, ids: &HashSet<ChunkId>) {
-        self.inner.kept.remove(ids);
+    /// Keeps these and no others from now on.
+    pub fn keep_only(&self, ids: HashSet<ChunkId>) {
+        self.inner.kept.replace(ids);
     }
 
     /// Every chunk that is on the disk here.

@@ -9,7 +9,7 @@ mod mount;
 mod repositories;
 mod status;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
@@ -27,6 +27,7 @@ use crate::nbd::{Connector, Dormant, Export, Exports};
 use crate::repo::MetaCache;
 use crate::store;
 use crate::units::ByteLen;
+use crate::volume::pin::is_pinned;
 use crate::volume::{self, NewVolume, StateDir, Volume, VolumeError, VolumeName, VolumeRecord};
 
 /// How long a volume that goes waits for what its clients have in flight.
@@ -56,6 +57,8 @@ pub struct Host {
     exports: Arc<Exports>,
     /// Taken before any entry's `now`.
     volumes: Mutex<BTreeMap<VolumeName, Arc<Entry>>>,
+    /// Held by who changes what the cache keeps for good.
+    keeping: tokio::sync::Mutex<()>,
     /// Set once its server is there.
     connector: OnceLock<Connector>,
     stop: CancellationToken,
@@ -112,9 +115,12 @@ impl Host {
             repositories: Repositories::new(options.remote_timeout),
             exports: Arc::new(Exports::waking(Arc::new(Sleepers(host.clone())))),
             volumes: Mutex::new(volumes),
+            keeping: tokio::sync::Mutex::default(),
             connector: OnceLock::new(),
             stop,
         });
+        // Before anyone else wants their room; those that nobody asks for yet too.
+        host.keep_what_is_pinned_now();
         Ok(host)
     }
 
@@ -184,7 +190,7 @@ impl Host {
     }
 
     /// Takes a volume away, with its writes. Nobody may use it.
-    pub async fn remove(&self, name: &VolumeName) -> Result<(), HostError> {
+    pub async fn remove(self: &Arc<Self>, name: &VolumeName) -> Result<(), HostError> {
         let entry = self.entry(name)?;
         let turn = entry.turn.lock().await;
         let record = self.record(name, &entry)?;
@@ -205,19 +211,47 @@ impl Host {
         drop(turn);
         self.forget_if_not_there(name, &entry);
         tracing::info!(volume = %name, "taken away");
+        // If it was pinned, its chunks are to be kept no more.
+        self.keep_what_is_pinned().await;
         self.free_what_is_left_of(&record).await;
         Ok(())
     }
 
+    /// Has the cache keep what pinned volumes need, and nothing else; where that can't be told, what it keeps now too.
+    async fn keep_what_is_pinned(self: &Arc<Self>) {
+        let host = self.clone();
+        let _keeping = self.keeping.lock().await;
+        // It logged, if it panicked; then what was kept is kept.
+        let _ = tokio::task::spawn_blocking(move || host.keep_what_is_pinned_now()).await;
+    }
+
+    /// The same, of who has `keeping`. Blocks on files.
+    fn keep_what_is_pinned_now(&self) {
+        let pinned =
+            |(name, _): &(VolumeName, VolumeRecord)| is_pinned(&self.state.volume_dir(name.as_str()));
+        let pinned: BTreeSet<_> =
+            self.records().into_iter().filter(pinned).map(|(_, record)| record.commit).collect();
+        let (needed, are_all) = volume::chunks_here(&self.cache, pinned);
+        if are_all {
+            self.cache.keep_only(needed);
+        } else {
+            self.cache.keep(needed);
+            tracing::warn!("can't tell all that pinned volumes need: what was kept so far is kept too");
+        }
+    }
+
+    /// What every volume is, by its name.
+    fn records(&self) -> Vec<(VolumeName, VolumeRecord)> {
+        let volumes = self.volumes.lock();
+        let with_record = |(name, entry): (&VolumeName, &Arc<Entry>)| {
+            entry.now.read().record.clone().map(|record| (name.clone(), record))
+        };
+        volumes.iter().filter_map(with_record).collect()
+    }
+
     /// Frees what the cache holds for nobody, if this was the last volume of its image: while there is one, the next may need the same.
     async fn free_what_is_left_of(&self, gone: &VolumeRecord) {
-        let records = {
-            let volumes = self.volumes.lock();
-            let with_record = |(name, entry): (&VolumeName, &Arc<Entry>)| {
-                entry.now.read().record.clone().map(|record| (name.clone(), record))
-            };
-            volumes.iter().filter_map(with_record).collect::<Vec<_>>()
-        };
+        let records = self.records();
         let of = |record: &VolumeRecord| (record.repository_id(), record.image.clone());
         if records.iter().any(|(_, record)| of(record) == of(gone)) {
             return;
@@ -227,8 +261,6 @@ impl Host {
         let (cache, state) = (self.cache.clone(), self.state.clone());
         let looking = move || volume::unused_chunks(&cache, &state, &records);
         let Ok(unused) = tokio::task::spawn_blocking(looking).await else { return };
-        // Those of a volume that was pinned as well.
-        self.cache.let_go(&unused);
         let freed = self.cache.free(unused).await;
         tracing::info!(
             image = gone.image,

@@ -7,11 +7,11 @@ mod create;
 mod error;
 mod layers;
 mod name;
+mod needed;
 pub mod pin;
 pub mod prefetch;
 mod record;
 mod state_dir;
-mod unused;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,11 +21,11 @@ pub use create::{NewVolume, remove};
 pub use error::VolumeError;
 use layers::Layers;
 pub use name::VolumeName;
+pub use needed::{chunks_here, unused_chunks};
 pub use prefetch::Prefetch;
 use record::Wanted;
 pub use record::{RECORD_FILE, VolumeRecord};
 pub use state_dir::{StateDir, default_state_dir, volume_dir};
-pub use unused::unused_chunks;
 
 use crate::cache::Cache;
 use crate::device::{Base, Device};

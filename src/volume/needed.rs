@@ -1,11 +1,11 @@
-//! What the cache holds and no volume needs: what the last volume of an image leaves behind.
+//! What the cache holds and who needs it: what the last volume of an image leaves behind, what pinned volumes must have.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::pin::is_pinned;
 use super::{StateDir, VolumeName, VolumeRecord};
 use crate::cache::Cache;
-use crate::format::ChunkId;
+use crate::format::{ChunkId, CommitId};
 use crate::repo::known_chunks;
 
 /// The chunks in the cache that none of these volumes needs, as far as their maps are here; none at all if a pinned volume's is not here whole, since
@@ -33,4 +33,15 @@ pub fn unused_chunks(
         }
     }
     unused
+}
+
+/// The chunks these commits need, as far as their maps are here, and whether these are all. Blocks on files.
+pub fn chunks_here(cache: &Cache, commits: BTreeSet<CommitId>) -> (HashSet<ChunkId>, bool) {
+    let (mut chunks, mut are_all) = (HashSet::new(), true);
+    for commit in commits {
+        are_all &= known_chunks(cache, commit, &mut |chunk| {
+            chunks.insert(*chunk);
+        });
+    }
+    (chunks, are_all)
 }
