@@ -6,10 +6,13 @@
 pub mod api;
 pub mod client;
 mod failure;
+mod listener;
 mod routes;
 mod server;
 
 pub use client::{Client, ClientError};
+pub use listener::bind;
+pub use routes::router;
 pub use server::serve;
 
 use std::path::{Path, PathBuf};

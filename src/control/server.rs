@@ -1,4 +1,4 @@
-//! The API's server: connections on a Unix socket.
+//! An HTTP server on a Unix socket: the API's, and the Docker driver's.
 //!
 //! Invariant: what clients may hold is bounded: so many connections, so long for a request's head and body; after a stop nobody is waited for longer than the grace.
 
@@ -18,9 +18,6 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::routes;
-use crate::host::Host;
-
 /// Clients at a time; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 128;
 /// A client has this long for the head of a request, and so an idle connection between two.
@@ -32,9 +29,8 @@ const LAST_WORDS: Duration = Duration::from_millis(200);
 /// After a failed accept (as a rule for want of descriptors) the next one waits.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves the API until `stop` is cancelled.
-pub async fn serve(listener: UnixListener, host: Arc<Host>, stop: CancellationToken) {
-    let router = routes::router(host);
+/// Serves these routes until `stop` is cancelled.
+pub async fn serve(listener: UnixListener, router: Router, stop: CancellationToken) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let connections = TaskTracker::new();
     loop {

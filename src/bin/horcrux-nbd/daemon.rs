@@ -9,7 +9,6 @@ use horcrux::host::{Host, HostOptions};
 use horcrux::nbd::{Endpoint, Listener, Server, ServerOptions};
 use horcrux::units::ByteLen;
 use horcrux::volume::{StateDir, VolumeError};
-use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::serve::{Error, ended, unix_uri};
@@ -32,7 +31,8 @@ pub async fn run(
     stop: CancellationToken,
 ) -> Result<(), Error> {
     let path = control::socket_of(state.root());
-    let control = bind(&path)?;
+    // The state directory is ours, so a socket that is there is a dead daemon's.
+    let control = control::bind(&path).map_err(|source| Error::Control { path: path.clone(), source })?;
     let (cache_options, host_options) = (CacheOptions::new(options.cache_size), options.host);
     let stopping = stop.clone();
     let opening = move || {
@@ -46,36 +46,12 @@ pub async fn run(
     let server = Server::new(host.exports().clone(), listeners, server_options, stop.clone());
     host.connect_through(server.connector());
     host.adopt().await;
-    let (failed, ()) = tokio::join!(server.run(), control::serve(control, host.clone(), stop.clone()));
+    let (failed, ()) =
+        tokio::join!(server.run(), control::serve(control, control::router(host.clone()), stop.clone()));
     host.stopped().await;
     // If it is gone already, so much the better.
     let _ = std::fs::remove_file(&path);
     ended(host.cache(), failed)
-}
-
-/// Listens on the control socket. The state directory is ours, so one that is there is a dead daemon's.
-fn bind(path: &std::path::Path) -> Result<UnixListener, Error> {
-    let failed = |source| Error::Control { path: path.to_owned(), source };
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
-    }
-    let socket = socket_for_owner(path).map_err(|errno| failed(errno.into()))?;
-    UnixListener::from_std(socket.into()).map_err(failed)
-}
-
-/// A socket that is its owner's alone from its first moment on: who may ask for volumes may read them.
-fn socket_for_owner(path: &std::path::Path) -> rustix::io::Result<std::os::fd::OwnedFd> {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
-    /// Clients that wait to be accepted.
-    const BACKLOG: i32 = 128;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    // Before it has a name: the name is made with these permissions (unix(7), less the umask).
-    rustix::fs::fchmod(&socket, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
-    listen(&socket, BACKLOG)?;
-    Ok(socket)
 }
 
 fn announce(host: &Arc<Host>, listeners: &[Listener], control: &std::path::Path) -> std::io::Result<()> {
