@@ -92,6 +92,7 @@ fn kind(error: &HostError) -> (StatusCode, &'static str) {
         HostError::NoFilesystem { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "no_filesystem"),
         HostError::NotMounted { .. } => (StatusCode::CONFLICT, "not_mounted"),
         HostError::Read { .. } => (StatusCode::BAD_GATEWAY, "repository"),
+        HostError::TooSlow { .. } => (StatusCode::GATEWAY_TIMEOUT, "repository_away"),
         HostError::Kernel(error) => of_kernel(error),
         HostError::Serve(_) | HostError::Flush { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
     }
@@ -143,6 +144,7 @@ fn hint(error: &HostError) -> Option<&'static str> {
             "'horcrux-cli volume ls' lists the volumes; 'horcrux-cli volume create' makes one"
         }
         HostError::InUse { .. } => "stop who uses it first",
+        HostError::TooSlow { .. } => "try again when the repository can be reached",
         HostError::Kernel(error) => return error.hint(),
         HostError::Volume(VolumeError::NameTaken { .. }) => {
             "remove that volume first, or give this one another name"

@@ -171,7 +171,8 @@ async fn detach(State(shared): State<Shared>, Path(name): Path<String>) -> Resul
 /// Mount a volume on a directory of the daemon's mount namespace, attaching it if it is no device yet
 #[utoipa::path(post, path = "/v1/volumes/{name}/mount", params(("name" = String, Path, description = "The volume's name")),
     request_body = Mount, responses((status = 200, body = Volume), (status = 400, body = Failure), (status = 403, body = Failure),
-        (status = 404, body = Failure), (status = 409, body = Failure), (status = 422, body = Failure), (status = 503, body = Failure)))]
+        (status = 404, body = Failure), (status = 409, body = Failure), (status = 422, body = Failure), (status = 503, body = Failure),
+        (status = 504, body = Failure)))]
 async fn mount(
     State(shared): State<Shared>,
     Path(name): Path<String>,

@@ -132,6 +132,14 @@ impl Host {
     /// Makes a volume a device no more. Nobody may have it mounted; one that is no device is left as it is.
     pub async fn detach(self: &Arc<Self>, name: &VolumeName) -> Result<(), HostError> {
         let entry = self.entry(name)?;
+        // Not between the attach and the mount of one who mounts it.
+        let _mounting = entry.mounting.lock().await;
+        self.detach_in_turn(name).await
+    }
+
+    /// Of who has the turn to mount.
+    pub(super) async fn detach_in_turn(self: &Arc<Self>, name: &VolumeName) -> Result<(), HostError> {
+        let entry = self.entry(name)?;
         let _turn = entry.turn.lock().await;
         let (index, stop) = match &entry.now.read().attached {
             Some(attached) => (attached.index, attached.stop.clone()),

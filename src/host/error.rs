@@ -1,6 +1,7 @@
 //! What can go wrong with the volumes of a host.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::device::DeviceError;
 use crate::kernel::KernelError;
@@ -65,6 +66,14 @@ pub enum HostError {
         volume: String,
         /// Where.
         dir: PathBuf,
+    },
+    /// It could not be mounted in time.
+    #[error("volume {volume} could not be mounted within {} s: what it needs first has not come", limit.as_secs())]
+    TooSlow {
+        /// The volume.
+        volume: String,
+        /// The time it had.
+        limit: Duration,
     },
     /// The last flush failed.
     #[error("volume {volume} could not be flushed: {source}")]

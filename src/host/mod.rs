@@ -69,6 +69,8 @@ pub struct Host {
 struct Entry {
     /// Held by who makes, opens or takes away this volume, for as long as that takes.
     turn: tokio::sync::Mutex<()>,
+    /// Held by who mounts or unmounts it. Taken before `turn`.
+    mounting: tokio::sync::Mutex<()>,
     /// Held for moments only.
     now: RwLock<Now>,
 }

@@ -11,6 +11,53 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use super::KernelError;
 use super::filesystem::{Filesystem, Kind};
 
+/// What a guard says it is, in the table of mounts.
+const GUARD: &str = "horcrux-guard";
+
+/// Puts an empty filesystem that nobody can write to on a directory, which is made if need be: what is not mounted above it can't be written past it. One that is there stays.
+/// The directory's path must be without symbolic links, as all here.
+pub fn guard(dir: &Path) -> Result<(), KernelError> {
+    let failed = |action| KernelError::of(action, Some(dir.to_owned()));
+    match fs::create_dir(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(failed("make")(error)),
+        _ => {}
+    }
+    if is_guarded(dir)? {
+        return Ok(());
+    }
+    let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount(GUARD, dir, "tmpfs", flags, c"mode=0555,size=4k").map_err(|errno| match errno {
+        rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => KernelError::NotAllowed("mount"),
+        errno => failed("mount a guard on")(errno.into()),
+    })
+}
+
+/// Whether a guard is on a directory, with something mounted above it or not.
+fn is_guarded(dir: &Path) -> Result<bool, KernelError> {
+    Ok(mounts_of(Path::new(GUARD))?.iter().any(|guarded| guarded == dir))
+}
+
+/// Whether something is mounted above the guard of a directory, as far as this process sees.
+pub fn is_above_guard(dir: &Path) -> Result<bool, KernelError> {
+    Ok(is_guarded(dir)? && mounts_on(&mount_table()?, dir) > 1)
+}
+
+/// Takes the guard away, and the directory. What is mounted above it stays, and so does the guard then.
+pub fn unguard(dir: &Path) -> Result<(), KernelError> {
+    if is_above_guard(dir)? {
+        return Err(KernelError::MountBusy { dir: dir.to_owned() });
+    }
+    if is_guarded(dir)? {
+        unmount_dir(dir)?;
+    }
+    match fs::remove_dir(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(KernelError::of("remove", Some(dir.to_owned()))(error))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Mounts a device on a directory.
 pub fn mount_device(
     device: &Path,
@@ -55,9 +102,19 @@ pub fn unmount_dir(dir: &Path) -> Result<bool, KernelError> {
 
 /// Where a device is mounted, in this process's view of the mounts.
 pub fn mounts_of(device: &Path) -> Result<Vec<PathBuf>, KernelError> {
+    Ok(mounts_in(&mount_table()?, device))
+}
+
+fn mount_table() -> Result<String, KernelError> {
     let path = PathBuf::from("/proc/self/mountinfo");
     let table = fs::read(&path).map_err(KernelError::of("read", Some(path)))?;
-    Ok(mounts_in(&String::from_utf8_lossy(&table), device))
+    Ok(String::from_utf8_lossy(&table).into_owned())
+}
+
+/// How many mounts lie on a directory, one above the other.
+fn mounts_on(table: &str, dir: &Path) -> usize {
+    let place = |line: &&str| line.split(' ').nth(4).is_some_and(|place| Path::new(&unescaped(place)) == dir);
+    table.lines().filter(place).count()
 }
 
 /// proc(5), mountinfo: the fifth field is where, the second after the lone dash is what.
@@ -101,5 +158,8 @@ mod tests {
             [Path::new("/var/lib/horcrux/mnt/v1"), Path::new("/mnt/with a\\space")]
         );
         assert_eq!(mounts_in(table, Path::new("/dev/nbd2")), Vec::<PathBuf>::new());
+        let stacked = format!("{table}44 41 0:51 / /mnt/with\\040a\\134space rw - tmpfs horcrux-guard\n");
+        assert_eq!(mounts_on(&stacked, Path::new("/mnt/with a\\space")), 2);
+        assert_eq!(mounts_on(&stacked, Path::new("/mnt")), 0);
     }
 }
