@@ -29,7 +29,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "format", "units",
         ],
     ),
-    ("control", &["host", "kernel", "volume", "repo", "store", "cache", "units"]),
+    ("control", &["host", "kernel", "volume", "repo", "store", "cache", "format", "units"]),
 ];
 
 /// Where a layer may use only some items of another.

@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::format::commit::Filesystem;
 use crate::host::VolumeStatus;
 use crate::units::ByteLen;
 use crate::volume::Prefetch;
@@ -25,6 +26,9 @@ pub struct CreateVolume {
     /// Bytes of the device; absent: the image's size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<u64>,
+    /// The filesystem that must be on it; absent: any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filesystem: Option<FilesystemKind>,
     /// Whether it refuses writes.
     #[serde(default)]
     pub read_only: bool,
@@ -34,6 +38,25 @@ pub struct CreateVolume {
     /// Bytes its own writes may take; absent: no limit but the disk's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quota: Option<u64>,
+}
+
+/// A filesystem that can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum FilesystemKind {
+    /// ext4.
+    Ext4,
+    /// XFS.
+    Xfs,
+}
+
+impl From<FilesystemKind> for Filesystem {
+    fn from(kind: FilesystemKind) -> Filesystem {
+        match kind {
+            FilesystemKind::Ext4 => Filesystem::Ext4,
+            FilesystemKind::Xfs => Filesystem::Xfs,
+        }
+    }
 }
 
 /// What is fetched before it is asked for.

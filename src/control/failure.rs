@@ -111,9 +111,10 @@ fn of_kernel(error: &KernelError) -> (StatusCode, &'static str) {
 fn of_volume(error: &VolumeError) -> (StatusCode, &'static str) {
     match error {
         VolumeError::NameTaken { .. } => (StatusCode::CONFLICT, "name_taken"),
-        VolumeError::BadName { .. } | VolumeError::SmallerThanImage { .. } | VolumeError::TooLarge { .. } => {
-            (StatusCode::BAD_REQUEST, "bad_request")
-        }
+        VolumeError::BadName { .. }
+        | VolumeError::SmallerThanImage { .. }
+        | VolumeError::TooLarge { .. }
+        | VolumeError::OtherFilesystem { .. } => (StatusCode::BAD_REQUEST, "bad_request"),
         VolumeError::Locked { .. } => (StatusCode::CONFLICT, "in_use"),
         VolumeError::Away { .. } => (StatusCode::GATEWAY_TIMEOUT, "repository_away"),
         VolumeError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {

@@ -219,6 +219,7 @@ fn new_volume(wanted: CreateVolume) -> Result<NewVolume, Refused> {
         },
         access: wanted.access,
         size: wanted.size.map(ByteLen),
+        filesystem: wanted.filesystem.map(Into::into),
         read_only: wanted.read_only,
         prefetch: wanted.prefetch.into(),
         quota: wanted.quota.map(ByteLen),

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::layers::Layers;
 use super::record::Wanted;
 use super::{Prefetch, StateDir, VolumeError, VolumeName, VolumeRecord};
-use crate::format::commit::MAX_DEVICE_SIZE;
+use crate::format::commit::{Filesystem, MAX_DEVICE_SIZE};
 use crate::repo::{ImageName, MetaCache, Reference, Repository};
 use crate::units::{ByteLen, PAGE_SIZE};
 
@@ -26,6 +26,8 @@ pub struct NewVolume {
     pub reference: Option<Reference>,
     /// Size of the device; `None` is the image's.
     pub size: Option<ByteLen>,
+    /// The filesystem that must be on it; `None` is any.
+    pub filesystem: Option<Filesystem>,
     /// Whether it refuses writes.
     pub read_only: bool,
     /// What is fetched before it is asked for.
@@ -43,6 +45,7 @@ impl NewVolume {
             image,
             reference: None,
             size: None,
+            filesystem: None,
             read_only: false,
             prefetch: Prefetch::Learned,
             quota: None,
@@ -63,8 +66,12 @@ impl NewVolume {
         }
         let reference = self.reference.clone().unwrap_or_default();
         let commit = repository.resolve(&self.image, &reference, meta).await?.commit;
-        let size = repository.commit(&self.image, commit, meta).await?.size;
-        let size = self.size_over(size)?;
+        let found = repository.commit(&self.image, commit, meta).await?;
+        if let Some(asked) = self.filesystem.filter(|asked| *asked != found.filesystem) {
+            let (image, has) = (format!("{}@{reference}", self.image), found.filesystem);
+            return Err(VolumeError::OtherFilesystem { image, has, asked });
+        }
+        let size = self.size_over(found.size)?;
         let record = VolumeRecord::new(self.wanted(), repository, commit, size);
         let (name, made) = (self.name.clone(), record.clone());
         let making = move || Layers::make(&dir, name.as_str(), &made).map(drop);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::delta::DeltaError;
 use crate::device::BaseError;
-use crate::format::commit::MAX_DEVICE_SIZE;
+use crate::format::commit::{Filesystem, MAX_DEVICE_SIZE};
 use crate::format::{ChunkId, CommitId};
 use crate::lock::LockError;
 use crate::repo::RepoError;
@@ -125,6 +125,16 @@ pub enum VolumeError {
         volume: String,
         /// The image it was made from.
         recorded: String,
+    },
+    /// The image's filesystem is not the one that was asked for.
+    #[error("{image} holds {has}, not {asked}")]
+    OtherFilesystem {
+        /// The version.
+        image: String,
+        /// What it holds.
+        has: Filesystem,
+        /// What was asked for.
+        asked: Filesystem,
     },
     /// The volume is there, but of another repository.
     #[error("volume {volume} is of the repository {recorded}, not of {asked}")]

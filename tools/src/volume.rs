@@ -179,6 +179,7 @@ impl Create {
             image: self.name.image.to_string(),
             reference: Some(self.name.reference.to_string()),
             size: self.size.map(|size| size.0),
+            filesystem: None,
             read_only: self.read_only,
             prefetch: match self.prefetch {
                 Prefetch::All => PrefetchMode::All,
