@@ -1,0 +1,185 @@
+# The story of the README with a real dockerd: volumes made, used by containers, copied in and out of, under every restart there is, and taken away.
+#
+# In: HORCRUX_CLI, HORCRUX_NBD, HORCRUX_DV, REPO with the images `image` (ext4) and `other` (XFS), MANIFEST of both; ROUNDS of kills and LOOPS of run and remove.
+export HORCRUX_STATE_DIR=$STATE DOCKER_HOST=unix:///run/docker.sock
+# docker run takes some ten seconds here.
+WAIT_S=120
+cli() { "$HORCRUX_CLI" "$@"; }
+# Debian's, whatever else the host calls by this name.
+docker() { /usr/bin/docker "$@"; }
+
+start_daemon() {
+    "$HORCRUX_NBD" serve >>"$UML_OUT/server.log" 2>&1 &
+    server_pid=$!
+    wait_until "the daemon's answer" cli status
+}
+# driver CALL BODY: as Docker would, on the driver's own socket.
+driver() {
+    curl -sS --max-time 60 --unix-socket /run/docker/plugins/horcrux-nbd.sock "http://localhost/VolumeDriver.$1" --data-binary "$2"
+}
+start_driver() {
+    "$HORCRUX_DV" >>"$UML_OUT/driver.log" 2>&1 &
+    driver_pid=$!
+    wait_until "the driver's answer" driver Capabilities '{}'
+}
+start_dockerd() {
+    dockerd --data-root /mnt/dk --exec-root /run/dkx -H "$DOCKER_HOST" --pidfile /run/dockerd.pid -s vfs --bridge none --iptables=false \
+        >>"$UML_OUT/dockerd.log" 2>&1 &
+    dockerd_pid=$!
+    wait_until "dockerd's answer" docker version
+}
+# end_it PID SIGNAL: and waits for its end.
+end_it() {
+    kill "-$2" "$1"
+    wait "$1" 2>/dev/null || true
+}
+refused() {
+    local words=$1 said
+    shift
+    if said=$("$@" 2>&1); then fail "not refused: $* ($said)"; fi
+    case $said in *"$words"*) ;; *) fail "'$*' said '$said', not '$words'" ;; esac
+}
+connected() { ls -d /sys/block/nbd*/pid 2>/dev/null | wc -l; }
+nothing_connected() { [ "$(connected)" = 0 ]; }
+mounted() { grep -c "$STATE/mounts" /proc/self/mountinfo || true; }
+nothing_mounted() { [ "$(mounted)" = 0 ]; }
+no_errors() {
+    if dmesg | grep -E "I/O error|Buffer I/O|EXT4-fs error|XFS.*(error|shutdown)|Remounting"; then fail "$1: the kernel saw errors"; fi
+}
+trap 'tail -n 30 "$UML_OUT"/d*.log' EXIT
+
+# An image of one program.
+mkdir -p /mnt/root/bin
+cp "$(type -P busybox)" /mnt/root/bin/
+for name in sh cat echo sleep sync ls test mv rm; do ln -s busybox "/mnt/root/bin/$name"; done
+
+start_daemon
+start_driver
+start_dockerd
+tar -C /mnt/root -c . | docker import - tools >/dev/null
+run() { docker run --rm --network none "$@"; }
+say "docker $(docker version --format '{{.Server.Version}}') is up"
+
+[ "$(docker volume create -d horcrux-nbd -o name=image -o access="$REPO" v1)" = v1 ] || fail "it has another name"
+docker volume create -d horcrux-nbd -o --name=other -o --access="$REPO" x1 >/dev/null
+docker volume create -d horcrux-nbd -o name=image -o access="$REPO" v1 >/dev/null
+refused "unknown option 'acces'" docker volume create -d horcrux-nbd -o name=image -o acces="$REPO" v2
+docker volume ls -q -f driver=horcrux-nbd | grep -qx v1 || fail "v1 is not listed"
+[ "$(docker volume inspect -f '{{.Status.image}}' v1)" = image@main ] || fail "its status does not say its image"
+[ "$(connected)" = 0 ] || fail "a volume nobody uses is a device"
+say "volumes are made"
+
+before=$(date +%s%N)
+names=$(run -v v1:/data -v x1:/other tools sh -c 'ls /data; ls /other')
+[ "$(grep -cx data <<<"$names")" = 2 ] || fail "a container sees only '$names'"
+say "a run with two volumes took $((($(date +%s%N) - before) / 1000000)) ms"
+wait_until "devices to be let go" nothing_connected
+wait_until "mounts to be let go" nothing_mounted
+[ -z "$(ls -A "$STATE/mounts")" ] || fail "mountpoints are left"
+
+# Changed by one container, seen by the next; the tree is its source's.
+docker run -d --name c1 --network none -v v1:/data tools sh -c 'while :; do sleep 1; done' >/dev/null
+at=$(docker volume inspect -f '{{.Mountpoint}}' v1)
+[ "$at" = "$STATE/mounts/v1" ] || fail "it is mounted on '$at'"
+tree check "$MANIFEST" "$at"
+refused "volume is in use" docker volume rm v1
+echo "copied in" >/mnt/in
+docker cp /mnt/in c1:/data/in
+docker cp c1:/data/in /mnt/out
+cmp /mnt/in /mnt/out
+[ "$(docker exec c1 cat /data/in)" = "copied in" ] || fail "the container does not see what was copied in"
+cmp /mnt/in "$at/in" || fail "a copy has unmounted the volume below its container"
+say "copied in and out of a running container"
+
+# Every restart there is, under a container that writes.
+docker exec -d c1 sh -c 'n=0; while [ ! -e /data/stop ]; do n=$((n + 1)); echo $n >/data/new && sync && mv /data/new /data/count || echo $n >/failed; done; echo $n >/data/done'
+wait_until "the container to write" test -e "$at/count"
+for round in $(seq "$ROUNDS"); do
+    end_it "$server_pid" KILL
+    sleep 1
+    start_daemon
+    counted=$(cat "$at/count")
+    more() { [ "$(cat "$at/count")" -gt "$counted" ]; }
+    wait_until "the container to write on after kill $round" more
+done
+end_it "$driver_pid" KILL
+start_driver
+run -v v1:/data tools test -e /data/count
+docker exec c1 test -e /data/in
+docker exec c1 sh -c 'echo >/data/stop; while [ ! -e /data/done ]; do sleep 1; done; rm /data/stop'
+docker exec c1 test ! -e /failed || fail "a write failed"
+no_errors "after $ROUNDS kills of the daemon and one of the driver"
+say "the daemon was killed $ROUNDS times under a container, which saw no error"
+
+# dockerd ends, and with it its containers; the next one starts them again. One that is killed does not unmount.
+docker update --restart always c1 >/dev/null
+docker exec c1 sh -c 'echo two >/data/two; sync'
+end_it "$dockerd_pid" TERM
+start_dockerd
+again() { docker exec c1 cat /data/two; }
+wait_until "the container to be started again" again
+[ "$(docker exec c1 cat /data/two)" = two ] || fail "a write is lost"
+end_it "$dockerd_pid" KILL
+pkill -KILL -f "containerd.*dkx" || true
+rm -f /run/dockerd.pid
+sleep 1
+start_dockerd
+wait_until "the container to be started again" again
+say "dockerd was stopped once and killed once"
+
+docker rm -f c1 >/dev/null
+docker volume rm v1 >/dev/null
+wait_until "mounts to be let go" nothing_mounted
+wait_until "devices to be let go" nothing_connected
+[ -z "$(ls -A "$STATE/mounts")" ] || fail "mountpoints are left"
+
+# Calls Docker would not make: what is mounted is not taken away; an unmount by another's hand leaves nothing to write to; and two may come where one was meant.
+docker volume create -d horcrux-nbd -o name=image -o access="$REPO" v2 >/dev/null
+v2='{"Name": "v2", "ID": "a"}'
+[ "$(driver Mount "$v2" | jq -r .Mountpoint)" = "$STATE/mounts/v2" ] || fail "it is mounted elsewhere"
+driver Remove "$v2" | grep -q "volume v2 is in use: a container has it mounted" || fail "it was not refused"
+[ "$(mounted)" = 2 ] || fail "there are $(mounted) mounts, not a guard and a volume"
+umount "$STATE/mounts/v2"
+refused "Read-only file system" touch "$STATE/mounts/v2/lost"
+driver Mount "$v2" | grep -q '"Err":""' || fail "it was not mounted again"
+[ "$(mounted)" = 2 ] || fail "there are $(mounted) mounts, not a guard and a volume"
+for _ in 1 2 3; do driver Unmount "$v2" | grep -q '"Err":""' || fail "an unmount was refused"; done
+nothing_mounted || fail "it is mounted still"
+nothing_connected || fail "it is a device still"
+driver Mount "$v2" | grep -q '"Err":""'
+end_it "$driver_pid" KILL
+start_driver
+# The one before may have died before Docker heard of the mount: the kernel says that nobody uses it.
+docker volume rm v2 >/dev/null
+nothing_mounted || fail "it is mounted still"
+nothing_connected || fail "it is a device still"
+say "mounted and unmounted as Docker would not"
+
+for loop in $(seq "$LOOPS"); do
+    docker volume create -d horcrux-nbd -o name=image -o access="$REPO" "loop$loop" >/dev/null
+    run -v "loop$loop:/data" tools sh -c 'echo >/data/x'
+    docker volume rm "loop$loop" >/dev/null
+done
+say "$LOOPS times made, run and removed"
+
+# A daemon that is away is said so, and what was to be let go is let go when it is back.
+docker run -d --name c2 --network none -v x1:/data tools sleep 1000 >/dev/null
+end_it "$server_pid" KILL
+refused "no daemon answers at" docker volume create -d horcrux-nbd -o name=image -o access="$REPO" v3
+docker volume ls -q | grep -qx x1 || fail "Docker has forgotten a volume"
+docker rm -f c2 >/dev/null
+start_daemon
+wait_until "the volume to be unmounted after all" nothing_mounted
+wait_until "the device to be let go after all" nothing_connected
+
+docker volume rm x1 >/dev/null
+[ -z "$(docker volume ls -q -f driver=horcrux-nbd)" ] || fail "volumes are left"
+[ -z "$(ls -A "$STATE/volumes" | grep -v '^\.')" ] || fail "directories of volumes are left"
+[ -z "$(ls -A "$STATE/mounts")" ] || fail "mountpoints are left"
+nothing_connected || fail "devices are left"
+end_it "$dockerd_pid" TERM
+end_it "$driver_pid" TERM
+[ ! -e /run/docker/plugins/horcrux-nbd.sock ] || fail "the driver's socket is left"
+stop_server
+trap - EXIT
+say "everything made, used and removed by docker"
