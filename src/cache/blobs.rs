@@ -81,6 +81,18 @@ impl Blobs {
 
     /// The object of that hash, if it is here; one that is damaged is deleted.
     pub(super) fn read(&self, hash: &[u8; 32], counters: &Counters) -> Option<Bytes> {
+        let (content, file) = self.look(hash, counters)?;
+        let now = SystemTime::now();
+        let used_at = file.metadata().and_then(|metadata| metadata.modified()).unwrap_or(now);
+        if now.duration_since(used_at).is_ok_and(|age| age > TOUCH_AFTER) {
+            // Only for the order of eviction.
+            let _ = file.set_modified(now);
+        }
+        Some(content)
+    }
+
+    /// The same, which is no use of it.
+    pub(super) fn look(&self, hash: &[u8; 32], counters: &Counters) -> Option<(Bytes, File)> {
         let path = self.path(hash);
         let file = File::open(&path).ok()?;
         let mut content = Vec::new();
@@ -93,13 +105,7 @@ impl Blobs {
             let _ = fs::remove_file(&path);
             return None;
         }
-        let now = SystemTime::now();
-        let used_at = file.metadata().and_then(|metadata| metadata.modified()).unwrap_or(now);
-        if now.duration_since(used_at).is_ok_and(|age| age > TOUCH_AFTER) {
-            // Only for the order of eviction.
-            let _ = file.set_modified(now);
-        }
-        Some(content.into())
+        Some((content.into(), file))
     }
 
     /// Keeps an object, if it is small enough and there is space. What can't be kept is fetched again some day.

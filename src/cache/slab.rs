@@ -165,6 +165,8 @@ impl Slab {
         // No read-ahead: a page in memory shall be one that this process wrote or verified. Only advice, so an error
         // changes nothing.
         let _ = map.advise(memmap2::Advice::Random);
+        // Nor is it held in memory where the rest of this process is (`kernel::memory`): it is as large as the disk lets it be.
+        map.unlock()?;
         let _ = rustix::fs::fadvise(&file, 0, None, Advice::Random);
         let slots = (0..geometry.slots())
             .map(|_| Slot {

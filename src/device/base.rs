@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use futures_util::{StreamExt, stream};
 use tokio::sync::{Notify, Semaphore};
@@ -88,10 +88,28 @@ pub struct Base {
     touched: Touched,
     /// Chunks that may be under way ahead of their use.
     early: Arc<Semaphore>,
+    brought: Arc<Bringing>,
     /// Reads that wait for the repository now.
     waiting: AtomicUsize,
     /// Rung when nobody waits any more.
     nobody_waits: Notify,
+}
+
+/// What was asked of the repository.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Brought {
+    /// Chunks that came.
+    pub chunks: u64,
+    /// Their bytes, unpacked.
+    pub bytes: ByteLen,
+    /// Chunks that did not come, each time.
+    pub failed: u64,
+}
+
+#[derive(Debug, Default)]
+struct Bringing {
+    chunks: AtomicU64,
+    failed: AtomicU64,
 }
 
 /// Why chunks are fetched.
@@ -128,6 +146,7 @@ impl Base {
             ahead: Ahead::new(0),
             touched: Touched::default(),
             early: Arc::new(Semaphore::new((EARLY.0 / chunk_len).max(1) as usize)),
+            brought: Arc::default(),
             waiting: AtomicUsize::new(0),
             nobody_waits: Notify::new(),
         }
@@ -147,6 +166,13 @@ impl Base {
     /// Bytes the commit has.
     pub fn len(&self) -> ByteLen {
         ByteLen(self.len)
+    }
+
+    /// What was asked of the repository since it was opened.
+    pub fn brought(&self) -> Brought {
+        let chunks = self.brought.chunks.load(Ordering::Relaxed);
+        let failed = self.brought.failed.load(Ordering::Relaxed);
+        Brought { chunks, bytes: ByteLen(chunks * self.chunk_len), failed }
     }
 
     /// Bytes of a chunk.
@@ -399,8 +425,8 @@ impl Base {
         while !flights.is_empty() {
             let rest = flights.split_off(flights.len().min(share));
             let first = (flights[0].0, flights[0].1.id);
-            let fly =
-                fly_together(self.version.clone(), self.cache.clone(), self.chunk_len, flights, purpose);
+            let (version, cache, brought) = (self.version.clone(), self.cache.clone(), self.brought.clone());
+            let fly = fly_together(version, cache, brought, self.chunk_len, flights, purpose);
             // A task of its own: if our client goes away, others still get what they wait for.
             tasks.push((first, tokio::spawn(fly)));
             flights = rest;
@@ -477,6 +503,7 @@ impl Base {
 async fn fly_together(
     version: Version,
     cache: Arc<Cache>,
+    brought: Arc<Bringing>,
     chunk_len: u64,
     flights: Vec<(ChunkIndex, ChunkLocation, Flight)>,
     purpose: Purpose,
@@ -485,6 +512,9 @@ async fn fly_together(
     let mut room = cache.room(ByteLen(flights.len() as u64 * chunk_len)).await;
     let locations: Vec<ChunkLocation> = flights.iter().map(|(_, location, _)| *location).collect();
     let answers = version.fetch(&locations).await;
+    let came = answers.iter().filter(|answer| answer.is_ok()).count();
+    brought.chunks.fetch_add(came as u64, Ordering::Relaxed);
+    brought.failed.fetch_add((answers.len() - came) as u64, Ordering::Relaxed);
     let landed = flights.into_iter().zip(answers).map(|((chunk, location, flight), answer)| {
         let here = match answer {
             Ok(content) => flight.fulfil_in(&mut room, content),

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::delta::Delta;
 use crate::units::{ByteLen, ByteRange};
 
-pub use base::{Base, BaseError};
+pub use base::{Base, BaseError, Brought};
 pub use error::DeviceError;
 pub use fence::Fence;
 pub use read::Piece;

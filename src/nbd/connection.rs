@@ -21,6 +21,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use tokio::runtime::Handle;
 
 use super::budget::{Budget, Share};
+use super::counts::Batch;
 use super::export::Export;
 use super::handshake::Chosen;
 use super::mailbox::Mailbox;
@@ -89,6 +90,7 @@ enum Receiving {
 struct Finished {
     request: Request,
     outcome: Outcome,
+    received: Instant,
     /// Until the outcome is among the output.
     _share: Share,
 }
@@ -112,6 +114,10 @@ struct Connection {
     in_flight: usize,
     in_flight_bytes: u64,
     finished: Arc<Mailbox<Finished>>,
+    /// When the last bytes came.
+    received: Instant,
+    /// What was answered since then, to be counted.
+    answered: Batch,
     /// Bytes were received since the other connections were last looked at.
     unchecked: bool,
     /// The client's last request came right after the reply before.
@@ -160,6 +166,8 @@ pub fn run(
         in_flight: 0,
         in_flight_bytes: 0,
         finished: Arc::new(Mailbox::new()?),
+        received: Instant::now(),
+        answered: Batch::default(),
         unchecked: true,
         is_busy: false,
         unheard: None,
@@ -181,14 +189,18 @@ impl Connection {
             }
             let held_up = !self.has_room();
             self.finished.take(&mut finished);
-            for Finished { request, outcome, _share } in finished.drain(..) {
+            for Finished { request, outcome, received, _share } in finished.drain(..) {
                 self.in_flight -= 1;
                 self.in_flight_bytes -= request::weight(&request);
+                self.export.counts().add_one(&request, &outcome, received.elapsed());
                 reply::put(&mut self.output, self.replies, &request, outcome);
             }
             match self.send() {
                 Err(error) if is_gone(&error) => self.gone(),
                 other => other?,
+            }
+            if !self.answered.is_empty() {
+                self.export.counts().add(&mut self.answered, self.received.elapsed());
             }
             if self.decoder.is_closed() {
                 end.get_or_insert(End::Disconnected);
@@ -295,9 +307,10 @@ impl Connection {
                 None => std::hint::spin_loop(),
             }
         }
-        let open = self.receive(RecvFlags::empty());
-        self.is_busy = began.elapsed() < BUSY;
-        open
+        let received = self.try_receive(RecvFlags::empty());
+        self.is_busy =
+            matches!(received, Ok(Some(_))) && self.received.saturating_duration_since(began) < BUSY;
+        Ok(received?.unwrap_or(true))
     }
 
     /// As [`Connection::try_receive`]; that there was nothing is no end.
@@ -322,6 +335,7 @@ impl Connection {
             Receiving::Payload { here, .. } => *here += received,
             Receiving::Header | Receiving::Drain { .. } => self.input.add(received),
         }
+        self.received = Instant::now();
         self.unchecked = true;
         Ok(Some(received > 0))
     }
@@ -425,7 +439,13 @@ impl Connection {
     }
 
     fn refuse(&mut self, request: &Request, errno: Errno) {
-        let outcome = Outcome::Failed(errno, errno.to_string());
+        self.answer(request, Outcome::Failed(errno, errno.to_string()));
+    }
+
+    /// Answers a request that had not to wait.
+    #[inline]
+    fn answer(&mut self, request: &Request, outcome: Outcome) {
+        self.answered.add(request, &outcome);
         reply::put(&mut self.output, self.replies, request, outcome);
     }
 
@@ -443,7 +463,7 @@ impl Connection {
         }
         match tried {
             Ok(outcome) => {
-                reply::put(&mut self.output, self.replies, request, outcome);
+                self.answer(request, outcome);
                 None
             }
             Err(rest) => Some(rest),
@@ -454,11 +474,12 @@ impl Connection {
         self.in_flight += 1;
         self.in_flight_bytes += request::weight(&request);
         let (export, fence) = (self.export.clone(), self.membership.fence().clone());
+        let received = self.received;
         let (contexts, finished) = (self.contexts.clone(), self.finished.clone());
         let share = self.budget.take(request::weight(&request));
         self.shared.spawn(async move {
             let outcome = request::run(export, fence, contexts, request, payload, rest).await;
-            finished.post(Finished { request, outcome, _share: share });
+            finished.post(Finished { request, outcome, received, _share: share });
         });
     }
 

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::device::{Device, DeviceError};
 
+use super::counts::{CommandCount, Counts};
 use super::peers::Peers;
 
 /// The largest read or write, and the largest payload: what every client may rely on.
@@ -30,6 +31,7 @@ pub struct Export {
     description: String,
     device: Arc<Device>,
     peers: Arc<Peers>,
+    counts: Counts,
     stopping: CancellationToken,
     /// A commit nobody asked for is under way.
     committing: AtomicBool,
@@ -49,6 +51,7 @@ impl Export {
             description,
             device,
             peers: Arc::default(),
+            counts: Counts::default(),
             stopping: CancellationToken::new(),
             committing: AtomicBool::new(false),
             commit_failed: AtomicBool::new(false),
@@ -76,6 +79,17 @@ impl Export {
     /// How many connections there are to it.
     pub fn connections(&self) -> usize {
         self.peers.count()
+    }
+
+    /// What was answered since it was opened, by command.
+    pub fn answered(&self) -> Vec<CommandCount> {
+        self.counts.all()
+    }
+
+    /// Where answers are counted.
+    #[inline]
+    pub(super) fn counts(&self) -> &Counts {
+        &self.counts
     }
 
     /// Who is connected to it.

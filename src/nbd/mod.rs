@@ -9,6 +9,7 @@
 
 mod budget;
 mod connection;
+mod counts;
 mod error;
 mod export;
 mod exports;
@@ -22,6 +23,7 @@ mod reply;
 mod request;
 mod server;
 
+pub use counts::{CommandCount, TIMES};
 pub use error::ServeError;
 pub use export::Export;
 pub use exports::{Dormant, Exports};

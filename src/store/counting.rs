@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{Etag, Key, KeyPrefix, Listed, Page, Store, StoreError, Upload};
+use super::{Attempts, Etag, Key, KeyPrefix, Listed, Page, Store, StoreError, Upload};
 
 /// The methods of a store, as they are counted and as faults are aimed at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -190,6 +190,10 @@ impl Store for CountingStore {
 
     fn expect_reads(&self, at_once: usize) {
         self.inner.expect_reads(at_once);
+    }
+
+    fn attempts(&self) -> Option<Attempts> {
+        self.inner.attempts()
     }
 }
 

@@ -157,6 +157,22 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Says that many reads are to come soon: a store over a network opens so many connections in the background. Promises nothing; must be called in a
     /// runtime.
     fn expect_reads(&self, _at_once: usize) {}
+
+    /// How its requests went since it was opened; `None` for a store that makes one attempt at each.
+    fn attempts(&self) -> Option<Attempts> {
+        None
+    }
+}
+
+/// How requests to a store that may be away went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Attempts {
+    /// Attempts begun.
+    pub begun: u64,
+    /// Attempts that failed in a way that may pass: no answer, a store that is too busy, one that is in trouble.
+    pub failed: u64,
+    /// Attempts that were made because the one before had failed so.
+    pub repeated: u64,
 }
 
 /// An object being written as a stream. Dropping it leaves nothing visible; a leftover that a crash leaves is no object.

@@ -12,7 +12,7 @@ mod limit;
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use self::backoff::Backoff;
 use self::hedge::Hedge;
 use self::limit::Limit;
-use super::{Etag, Key, KeyPrefix, Listed, Page, Store, StoreError, Upload};
+use super::{Attempts, Etag, Key, KeyPrefix, Listed, Page, Store, StoreError, Upload};
 
 /// A store that is out of reach is told of once it has been so for this long: most hiccups are over by then.
 const QUIET: Duration = Duration::from_secs(2);
@@ -73,6 +73,9 @@ struct Shared {
     known: AtomicBool,
     /// Since when nothing was answered, and whether that was told.
     away: Mutex<Option<(Instant, bool)>>,
+    begun: AtomicU64,
+    failed: AtomicU64,
+    repeated: AtomicU64,
 }
 
 impl RetryStore {
@@ -83,6 +86,9 @@ impl RetryStore {
             hedge: Hedge::default(),
             known: AtomicBool::new(false),
             away: Mutex::default(),
+            begun: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            repeated: AtomicU64::new(0),
         };
         RetryStore { inner, options, shared: Arc::new(shared) }
     }
@@ -101,6 +107,7 @@ impl RetryStore {
             return no_answer();
         };
         let began = Instant::now();
+        self.shared.begun.fetch_add(1, Ordering::Relaxed);
         let answer = match bound {
             None => request.await,
             Some(bound) => tokio::time::timeout(bound, request).await.unwrap_or_else(|_| no_answer()),
@@ -110,6 +117,9 @@ impl RetryStore {
             Err(StoreError::Busy { .. } | StoreError::Unavailable { .. }) => self.shared.limit.overloaded(),
             Err(_) => {}
             Ok(_) => self.shared.limit.answered(),
+        }
+        if answer.as_ref().is_err_and(|error| self.may_pass(error)) {
+            self.shared.failed.fetch_add(1, Ordering::Relaxed);
         }
         answer
     }
@@ -156,8 +166,9 @@ impl RetryStore {
         answer
     }
 
-    /// The store did not answer: said once, when it has lasted. Of one that never answered the error alone speaks, and soon.
+    /// The store did not answer, and is asked again: said once, when it has lasted. Of one that never answered the error alone speaks, and soon.
     fn no_answer(&self, error: &StoreError) {
+        self.shared.repeated.fetch_add(1, Ordering::Relaxed);
         if self.patience() < self.options.deadline {
             return;
         }
@@ -285,6 +296,12 @@ impl Store for RetryStore {
 
     fn expect_reads(&self, at_once: usize) {
         self.inner.expect_reads(at_once);
+    }
+
+    fn attempts(&self) -> Option<Attempts> {
+        let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let Shared { begun, failed, repeated, .. } = &*self.shared;
+        Some(Attempts { begun: value(begun), failed: value(failed), repeated: value(repeated) })
     }
 }
 
