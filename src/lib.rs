@@ -15,6 +15,7 @@ pub mod host;
 pub mod image;
 pub mod kernel;
 pub mod lock;
+pub mod manual;
 pub mod nbd;
 pub mod repo;
 pub mod store;

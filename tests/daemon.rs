@@ -353,14 +353,19 @@ fn others_clients_are_answered_in_json_and_refused_with_words() {
     let wanted = format!(r#"{{"name":"v","access":["{repo}"],"image":"disk","ref":"main~0"}}"#);
     let (status, made) =
         curl(&state, &["-H", "content-type: application/json", "-d", &wanted, "http://x/v1/volumes"]);
-    assert_eq!(status, 200, "{made}");
+    assert_eq!(status, 201, "{made}");
+    let (again, _) =
+        curl(&state, &["-H", "content-type: application/json", "-d", &wanted, "http://x/v1/volumes"]);
+    assert_eq!(again, 200, "it was there");
     let made: Value = serde_json::from_str(&made).unwrap();
     assert_eq!(
         (&made["name"], &made["image"], &made["size"]),
         (&"v".into(), &"disk".into(), &(16 * MIB).into())
     );
     let (status, there) = curl(&state, &["http://x/v1/volumes/v"]);
-    assert_eq!((status, serde_json::from_str(&there).unwrap()), (200, made));
+    let mut there: Value = serde_json::from_str(&there).unwrap();
+    assert_eq!(there.as_object_mut().unwrap().remove("cached_bytes"), Some(0.into()));
+    assert_eq!((status, there), (200, made));
 
     let huge = image.dir().join("huge");
     std::fs::write(&huge, vec![b' '; MIB]).unwrap();
@@ -407,7 +412,11 @@ fn others_clients_are_answered_in_json_and_refused_with_words() {
     assert_eq!(
         described,
         [
+            "delete /v1/jobs/{id}",
             "delete /v1/volumes/{name}",
+            "get /metrics",
+            "get /v1/jobs",
+            "get /v1/jobs/{id}",
             "get /v1/status",
             "get /v1/volumes",
             "get /v1/volumes/{name}",
@@ -415,7 +424,9 @@ fn others_clients_are_answered_in_json_and_refused_with_words() {
             "post /v1/volumes/{name}/attach",
             "post /v1/volumes/{name}/detach",
             "post /v1/volumes/{name}/mount",
+            "post /v1/volumes/{name}/pin",
             "post /v1/volumes/{name}/unmount",
+            "post /v1/volumes/{name}/unpin",
         ]
     );
     assert_eq!(curl(&state, &["-X", "DELETE", "http://x/v1/volumes/v"]), (204, String::new()));

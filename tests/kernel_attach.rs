@@ -6,6 +6,7 @@
 //! |---|---|
 //! | a server killed or restarted under a database: the filesystem goes read-only | daemons end under fio |
 //! | devices leak, or are taken from each other | devices come and go; attached and detached many times |
+//! | a mount that timed out comes about later, and nobody unmounts it | a repository that hangs |
 //! | reconfigure with I/O in flight, twice, and while the old socket is alive | daemons end under fio |
 
 #![allow(clippy::unwrap_used)]
@@ -30,6 +31,7 @@ fn volumes_are_kernel_devices_through_every_end_of_the_daemon() {
     for (fs, name) in [("ext4", "image"), ("xfs", "other")] {
         run(cli().args(["image-from-dir", "--fs", fs, "--size", "1G", name]).arg(&source).arg(&repo)).ok();
     }
+    run(cli().args(["image-from-dir", "--size", "64M", "third", "tests/harness"]).arg(&repo)).ok();
     let console = Guest::running(Duration::from_secs(limit_s))
         .env("HORCRUX_NBD", env!("CARGO_BIN_EXE_horcrux-nbd"))
         .env("HORCRUX_CLI", cli().get_program())

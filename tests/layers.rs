@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 /// Each layer, and what it may import. From the bottom up; a layer is never in the list of one above it in this table.
 const LAYERS: &[(&str, &[&str])] = &[
     ("units", &[]),
+    ("manual", &[]),
     ("format", &["units"]),
     ("durable", &["format", "units"]),
     ("lock", &["format", "units"]),
@@ -29,7 +30,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "format", "units",
         ],
     ),
-    ("control", &["host", "kernel", "volume", "repo", "store", "cache", "format", "units"]),
+    ("control", &["host", "kernel", "nbd", "volume", "repo", "store", "cache", "format", "units"]),
 ];
 
 /// Where a layer may use only some items of another.

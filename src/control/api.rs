@@ -2,11 +2,13 @@
 //!
 //! Invariant: what one release sent, a later one reads; fields are added, never changed. Unknown fields of a request are refused, so that a typing error is not passed over.
 
+use std::time::SystemTime;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::format::commit::Filesystem;
-use crate::host::VolumeStatus;
+use crate::host::{self, JobStatus, VolumeStatus};
 use crate::units::ByteLen;
 use crate::volume::Prefetch;
 
@@ -124,6 +126,12 @@ pub struct Volume {
     /// The directories it is mounted on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mounts: Vec<String>,
+    /// Whether all of it is here to stay.
+    #[serde(default)]
+    pub pinned: bool,
+    /// Bytes of the image that are in the cache here, as far as is known; absent in a list of volumes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached_bytes: Option<u64>,
     /// How it is used; absent while it is not open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub open: Option<OpenVolume>,
@@ -140,7 +148,7 @@ pub struct OpenVolume {
 
 impl From<VolumeStatus> for Volume {
     fn from(status: VolumeStatus) -> Volume {
-        let VolumeStatus { name, record, device, mounts, open } = status;
+        let VolumeStatus { name, record, device, mounts, pinned, open } = status;
         Volume {
             name: name.to_string(),
             commit: record.commit.to_string(),
@@ -154,8 +162,79 @@ impl From<VolumeStatus> for Volume {
             created: record.created_s,
             device: device.map(|device| device.display().to_string()),
             mounts: mounts.iter().map(|dir| dir.display().to_string()).collect(),
+            pinned,
+            cached_bytes: None,
             open: open
                 .map(|open| OpenVolume { connections: open.connections as u64, dirty_bytes: open.dirty.0 }),
+        }
+    }
+}
+
+/// Work that takes long, as it is now.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Job {
+    /// Its number.
+    pub id: u64,
+    /// What it does.
+    pub kind: JobKind,
+    /// The volume it is about.
+    pub volume: String,
+    /// Where it stands.
+    pub state: JobState,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Bytes that are done.
+    pub done_bytes: u64,
+    /// Bytes there are to do; 0 until that is known.
+    pub total_bytes: u64,
+    /// When it was begun, in seconds since 1970.
+    pub began: u64,
+    /// Seconds it has been running, or ran.
+    pub took_s: f64,
+}
+
+/// What a job does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum JobKind {
+    /// Fetches all of a volume, to stay.
+    Pin,
+}
+
+/// Where a job stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum JobState {
+    /// It runs.
+    Running,
+    /// It did what it was to do.
+    Done,
+    /// It was cancelled.
+    Cancelled,
+    /// It failed.
+    Failed,
+}
+
+impl From<JobStatus> for Job {
+    fn from(status: JobStatus) -> Job {
+        let (state, error) = match status.state {
+            host::JobState::Running => (JobState::Running, None),
+            host::JobState::Done => (JobState::Done, None),
+            host::JobState::Cancelled => (JobState::Cancelled, None),
+            host::JobState::Failed(error) => (JobState::Failed, Some(error)),
+        };
+        let began = status.began.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Job {
+            id: status.id,
+            kind: JobKind::Pin,
+            volume: status.volume.to_string(),
+            state,
+            error,
+            done_bytes: status.done.0,
+            total_bytes: status.total.0,
+            began: began.as_secs(),
+            took_s: status.took.as_secs_f64(),
         }
     }
 }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::api::{Attach, CreateVolume, Failure, Mount, Status, Unmount, Volume};
+use super::api::{Attach, CreateVolume, Failure, Job, Mount, Status, Unmount, Volume};
 
 /// How long the socket may take to be connected to: a daemon that lives accepts at once.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -65,6 +65,15 @@ impl ClientError {
     }
 }
 
+/// A volume that was asked for.
+#[derive(Clone, Debug)]
+pub struct Made {
+    /// The volume.
+    pub volume: Volume,
+    /// Whether it was made now.
+    pub is_new: bool,
+}
+
 /// A daemon that can be asked.
 #[derive(Clone, Debug)]
 pub struct Client {
@@ -93,9 +102,10 @@ impl Client {
         self.ask(Method::GET, &volume_path(name), None::<&()>).await
     }
 
-    /// Makes a volume.
-    pub async fn create_volume(&self, wanted: &CreateVolume) -> Result<Volume, ClientError> {
-        self.ask(Method::POST, "/v1/volumes", Some(wanted)).await
+    /// Makes a volume; one that is there and was made of the same wishes is left as it is.
+    pub async fn create_volume(&self, wanted: &CreateVolume) -> Result<Made, ClientError> {
+        let (status, answer) = self.answered(Method::POST, "/v1/volumes", Some(wanted)).await?;
+        Ok(Made { volume: parsed(&answer)?, is_new: status == StatusCode::CREATED })
     }
 
     /// Takes a volume away.
@@ -123,14 +133,38 @@ impl Client {
         self.exchange(Method::POST, &format!("{}/unmount", volume_path(name)), Some(wanted)).await.map(drop)
     }
 
+    /// Begins to pin a volume.
+    pub async fn pin(&self, name: &str) -> Result<Job, ClientError> {
+        self.ask(Method::POST, &format!("{}/pin", volume_path(name)), None::<&()>).await
+    }
+
+    /// Lets a volume leave the cache again.
+    pub async fn unpin(&self, name: &str) -> Result<(), ClientError> {
+        self.exchange(Method::POST, &format!("{}/unpin", volume_path(name)), None::<&()>).await.map(drop)
+    }
+
+    /// Every job.
+    pub async fn jobs(&self) -> Result<Vec<Job>, ClientError> {
+        self.ask(Method::GET, "/v1/jobs", None::<&()>).await
+    }
+
+    /// One job.
+    pub async fn job(&self, id: u64) -> Result<Job, ClientError> {
+        self.ask(Method::GET, &format!("/v1/jobs/{id}"), None::<&()>).await
+    }
+
+    /// Has a job end.
+    pub async fn cancel_job(&self, id: u64) -> Result<Job, ClientError> {
+        self.ask(Method::DELETE, &format!("/v1/jobs/{id}"), None::<&()>).await
+    }
+
     async fn ask<Q: Serialize, A: DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
         body: Option<&Q>,
     ) -> Result<A, ClientError> {
-        let answer = self.exchange(method, path, body).await?;
-        serde_json::from_slice(&answer).map_err(|error| ClientError::Answer(error.to_string()))
+        parsed(&self.exchange(method, path, body).await?)
     }
 
     async fn exchange<Q: Serialize>(
@@ -139,6 +173,15 @@ impl Client {
         path: &str,
         body: Option<&Q>,
     ) -> Result<Bytes, ClientError> {
+        Ok(self.answered(method, path, body).await?.1)
+    }
+
+    async fn answered<Q: Serialize>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Q>,
+    ) -> Result<(StatusCode, Bytes), ClientError> {
         let body = match body {
             Some(body) => serde_json::to_vec(body).map_err(|error| ClientError::Answer(error.to_string()))?,
             None => Vec::new(),
@@ -171,7 +214,7 @@ impl Client {
         let (status, answer) = tokio::time::timeout(self.limit, exchanged)
             .await
             .map_err(|_| ClientError::TimedOut(self.limit))??;
-        if status.is_success() { Ok(answer) } else { Err(refused(status, &answer)) }
+        if status.is_success() { Ok((status, answer)) } else { Err(refused(status, &answer)) }
     }
 
     async fn connect(&self) -> Result<UnixStream, ClientError> {
@@ -179,6 +222,10 @@ impl Client {
         let connecting = tokio::time::timeout(CONNECT_LIMIT, UnixStream::connect(&self.socket));
         connecting.await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(failed)
     }
+}
+
+fn parsed<A: DeserializeOwned>(answer: &[u8]) -> Result<A, ClientError> {
+    serde_json::from_slice(answer).map_err(|error| ClientError::Answer(error.to_string()))
 }
 
 fn volume_path(name: &str) -> String {

@@ -34,6 +34,12 @@ impl Refused {
         )
     }
 
+    /// Who asks did not say the token, or not the right one.
+    pub fn no_token() -> Refused {
+        let refused = Self::new(StatusCode::UNAUTHORIZED, "unauthorized", "this needs the daemon's token");
+        refused.hint("send 'Authorization: Bearer TOKEN', with what is in the daemon's --control-token")
+    }
+
     /// A bug of ours, that was logged.
     pub fn internal() -> Refused {
         Self::new(
@@ -90,6 +96,7 @@ fn kind(error: &HostError) -> (StatusCode, &'static str) {
         HostError::Repo(error) | HostError::Volume(VolumeError::Repo(error)) => of_repository(error),
         HostError::Volume(error) => of_volume(error),
         HostError::NoFilesystem { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "no_filesystem"),
+        HostError::NoJob { .. } => (StatusCode::NOT_FOUND, "no_job"),
         HostError::NotMounted { .. } => (StatusCode::CONFLICT, "not_mounted"),
         HostError::Read { .. } => (StatusCode::BAD_GATEWAY, "repository"),
         HostError::TooSlow { .. } => (StatusCode::GATEWAY_TIMEOUT, "repository_away"),
@@ -145,6 +152,7 @@ fn hint(error: &HostError) -> Option<&'static str> {
             "'horcrux-cli volume ls' lists the volumes; 'horcrux-cli volume create' makes one"
         }
         HostError::InUse { .. } => "stop who uses it first",
+        HostError::NoJob { .. } => "'horcrux-cli jobs' lists them",
         HostError::TooSlow { .. } => "try again when the repository can be reached",
         HostError::Kernel(error) => return error.hint(),
         HostError::Volume(VolumeError::NameTaken { .. }) => {

@@ -7,13 +7,18 @@ pub mod api;
 pub mod client;
 mod failure;
 mod listener;
+mod metrics;
 mod routes;
 mod server;
+mod tls;
+mod token;
 
-pub use client::{Client, ClientError};
-pub use listener::bind;
+pub use client::{Client, ClientError, Made};
+pub use listener::{Listener, bind};
 pub use routes::router;
 pub use server::serve;
+pub use tls::{TlsError, TlsFiles};
+pub use token::{Token, TokenError, guarded};
 
 use std::path::{Path, PathBuf};
 

@@ -9,15 +9,17 @@ use std::time::Instant;
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, Path, State};
-use axum::http::{Method, StatusCode, Uri};
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderName, Method, StatusCode, Uri};
 use axum::routing::get;
 use axum::{Json, Router};
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::api::{Attach, CacheStatus, CreateVolume, Failure, Mount, Status, Unmount, Volume};
+use super::api::{Attach, CacheStatus, CreateVolume, Failure, Job, Mount, Status, Unmount, Volume};
 use super::failure::Refused;
+use super::metrics;
 use crate::host::{Host, HostError};
 use crate::units::ByteLen;
 use crate::volume::{NewVolume, VolumeName};
@@ -49,6 +51,11 @@ pub fn router(host: Arc<Host>) -> Router {
         .routes(routes!(detach))
         .routes(routes!(mount))
         .routes(routes!(unmount))
+        .routes(routes!(pin))
+        .routes(routes!(unpin))
+        .routes(routes!(jobs))
+        .routes(routes!(job, cancel))
+        .routes(routes!(figures))
         .split_for_parts();
     router
         .route("/openapi.json", get(move || async move { Json(document) }))
@@ -116,21 +123,23 @@ async fn list(State(shared): State<Shared>) -> Result<Json<Vec<Volume>>, Refused
     responses((status = 200, body = Volume), (status = 404, body = Failure)))]
 async fn inspect(State(shared): State<Shared>, Path(name): Path<String>) -> Result<Json<Volume>, Refused> {
     let name = name_of(&name)?;
-    Ok(Json(looked_at(move || shared.host.inspect(&name)).await??.into()))
+    let cached = shared.host.cached(&name).await?.map(|ByteLen(bytes)| bytes);
+    let status = looked_at(move || shared.host.inspect(&name)).await??;
+    Ok(Json(Volume { cached_bytes: cached, ..status.into() }))
 }
 
 /// Make a volume; one that is there and was made of the same wishes is left as it is
 #[utoipa::path(post, path = "/v1/volumes", request_body = CreateVolume,
-    responses((status = 200, body = Volume), (status = 400, body = Failure), (status = 409, body = Failure),
-        (status = 422, body = Failure), (status = 504, body = Failure)))]
+    responses((status = 200, body = Volume, description = "It was there"), (status = 201, body = Volume), (status = 400, body = Failure),
+        (status = 409, body = Failure), (status = 422, body = Failure), (status = 504, body = Failure)))]
 async fn create(
     State(shared): State<Shared>,
     wanted: Result<Json<CreateVolume>, JsonRejection>,
-) -> Result<Json<Volume>, Refused> {
+) -> Result<(StatusCode, Json<Volume>), Refused> {
     let Json(wanted) = wanted?;
     let new = new_volume(wanted)?;
-    let made = to_its_end(async move { shared.host.create(&new).await }).await?;
-    Ok(Json(made.into()))
+    let (volume, is_new) = to_its_end(async move { shared.host.create(&new).await }).await?;
+    Ok((if is_new { StatusCode::CREATED } else { StatusCode::OK }, Json(volume.into())))
 }
 
 /// Take a volume away, with what was written to it
@@ -195,6 +204,61 @@ async fn unmount(
     let dir = wanted.directory.map(absolute).transpose()?;
     to_its_end(async move { shared.host.unmount(&name, dir.as_deref()).await }).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Begin to fetch all of a volume, which then stays here: a job; where that is under way already, it is that one
+#[utoipa::path(post, path = "/v1/volumes/{name}/pin", params(("name" = String, Path, description = "The volume's name")),
+    responses((status = 202, body = Job), (status = 404, body = Failure), (status = 504, body = Failure)))]
+async fn pin(
+    State(shared): State<Shared>,
+    Path(name): Path<String>,
+) -> Result<(StatusCode, Json<Job>), Refused> {
+    let name = name_of(&name)?;
+    let job = to_its_end(async move { shared.host.pin(&name).await }).await?;
+    Ok((StatusCode::ACCEPTED, Json(job.into())))
+}
+
+/// Let a pinned volume leave the cache again
+#[utoipa::path(post, path = "/v1/volumes/{name}/unpin", params(("name" = String, Path, description = "The volume's name")),
+    responses((status = 204), (status = 404, body = Failure), (status = 409, body = Failure)))]
+async fn unpin(State(shared): State<Shared>, Path(name): Path<String>) -> Result<StatusCode, Refused> {
+    let name = name_of(&name)?;
+    to_its_end(async move { shared.host.unpin(&name).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Every job that runs, and the last that ended
+#[utoipa::path(get, path = "/v1/jobs", responses((status = 200, body = Vec<Job>)))]
+async fn jobs(State(shared): State<Shared>) -> Json<Vec<Job>> {
+    Json(shared.host.jobs().into_iter().map(Job::from).collect())
+}
+
+/// One job
+#[utoipa::path(get, path = "/v1/jobs/{id}", params(("id" = u64, Path, description = "The job's number")),
+    responses((status = 200, body = Job), (status = 404, body = Failure)))]
+async fn job(State(shared): State<Shared>, Path(id): Path<String>) -> Result<Json<Job>, Refused> {
+    Ok(Json(shared.host.job(job_id(&id)?)?.into()))
+}
+
+/// Have a job end before it is done; one that has ended stays as it is
+#[utoipa::path(delete, path = "/v1/jobs/{id}", params(("id" = u64, Path, description = "The job's number")),
+    responses((status = 202, body = Job), (status = 404, body = Failure)))]
+async fn cancel(
+    State(shared): State<Shared>,
+    Path(id): Path<String>,
+) -> Result<(StatusCode, Json<Job>), Refused> {
+    Ok((StatusCode::ACCEPTED, Json(shared.host.cancel(job_id(&id)?)?.into())))
+}
+
+fn job_id(text: &str) -> Result<u64, Refused> {
+    text.parse().map_err(|_| Refused::bad_request(format!("'{text}' is no job's number")))
+}
+
+/// Everything in figures, for Prometheus (OpenMetrics text)
+#[utoipa::path(get, path = "/metrics", responses((status = 200, body = String, content_type = "application/openmetrics-text")))]
+async fn figures(State(shared): State<Shared>) -> Result<([(HeaderName, &'static str); 1], String), Refused> {
+    let text = metrics::text(&shared.host, shared.started.elapsed()).await;
+    Ok(([(CONTENT_TYPE, metrics::CONTENT)], text.map_err(|_| Refused::internal())?))
 }
 
 fn absolute(directory: String) -> Result<PathBuf, Refused> {

@@ -1,4 +1,4 @@
-//! An HTTP server on a Unix socket: the API's, and the Docker driver's.
+//! An HTTP server on a socket: the API's, and the Docker driver's.
 //!
 //! Invariant: what clients may hold is bounded: so many connections, so long for a request's head and body; after a stop nobody is waited for longer than the grace.
 
@@ -13,10 +13,11 @@ use axum::http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use super::listener::{Accepted, Listener, Stream};
 
 /// Clients at a time; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 128;
@@ -30,7 +31,7 @@ const LAST_WORDS: Duration = Duration::from_millis(200);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves these routes until `stop` is cancelled.
-pub async fn serve(listener: UnixListener, router: Router, stop: CancellationToken) {
+pub async fn serve(listener: Listener, router: Router, stop: CancellationToken) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let connections = TaskTracker::new();
     loop {
@@ -39,10 +40,12 @@ pub async fn serve(listener: UnixListener, router: Router, stop: CancellationTok
             accepted = next(&listener, &places) => accepted,
         };
         match accepted {
-            Ok((stream, place)) => {
+            Ok((accepted, place)) => {
                 let (router, stop) = (router.clone(), stop.clone());
                 connections.spawn(async move {
-                    converse(stream, router, stop).await;
+                    if let Some(stream) = greeted(accepted, &stop).await {
+                        converse(stream, router, stop).await;
+                    }
                     drop(place);
                 });
             }
@@ -57,14 +60,27 @@ pub async fn serve(listener: UnixListener, router: Router, stop: CancellationTok
 }
 
 async fn next(
-    listener: &UnixListener,
+    listener: &Listener,
     places: &Arc<Semaphore>,
-) -> io::Result<(UnixStream, tokio::sync::OwnedSemaphorePermit)> {
+) -> io::Result<(Accepted, tokio::sync::OwnedSemaphorePermit)> {
     let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
-    Ok((listener.accept().await?.0, place))
+    Ok((listener.accept().await?, place))
 }
 
-async fn converse(stream: UnixStream, router: Router, stop: CancellationToken) {
+/// The client, once it has said who it is; `None` where it does not, or not in time.
+async fn greeted(accepted: Accepted, stop: &CancellationToken) -> Option<Box<dyn Stream>> {
+    let greeting = tokio::time::timeout(HEAD_LIMIT, accepted.greeted());
+    let greeted = tokio::select! { greeted = greeting => greeted, () = stop.cancelled() => return None };
+    match greeted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+        Ok(stream) => Some(stream),
+        Err(error) => {
+            tracing::debug!(%error, "a client was not let in");
+            None
+        }
+    }
+}
+
+async fn converse(stream: Box<dyn Stream>, router: Router, stop: CancellationToken) {
     let (busy, mut is_busy) = watch::channel(0usize);
     let service = hyper::service::service_fn(move |request: Request<Incoming>| {
         let (router, under_way) = (router.clone(), UnderWay::new(busy.clone()));

@@ -191,9 +191,7 @@ impl Host {
             Ok(Err(error)) => return tracing::debug!(%error, "no block devices to be seen"),
             Err(_) => return,
         };
-        let all: Vec<_> =
-            self.volumes.lock().iter().map(|(name, entry)| (name.clone(), entry.clone())).collect();
-        for (name, entry) in all {
+        for (name, entry) in self.entries() {
             let Some(record) = entry.now.read().record.clone() else { continue };
             let backend = backend_of(&record);
             // Two of one volume there can't be, but for somebody's hand: each is kept alive.

@@ -75,6 +75,12 @@ pub enum HostError {
         /// The time it had.
         limit: Duration,
     },
+    /// There is no such job, or not any more.
+    #[error("there is no job {id}")]
+    NoJob {
+        /// Its number.
+        id: u64,
+    },
     /// The last flush failed.
     #[error("volume {volume} could not be flushed: {source}")]
     Flush {

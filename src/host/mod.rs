@@ -5,11 +5,12 @@
 
 mod attach;
 mod error;
+mod jobs;
 mod mount;
 mod repositories;
 mod status;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
@@ -19,15 +20,16 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 pub use error::HostError;
+use jobs::Jobs;
+pub use jobs::{JobState, JobStatus};
 use repositories::Repositories;
-pub use status::{OpenStatus, VolumeStatus};
+pub use status::{OpenStatus, RepositoryFigures, SinceOpen, VolumeFigures, VolumeStatus};
 
 use crate::cache::Cache;
 use crate::nbd::{Connector, Dormant, Export, Exports};
 use crate::repo::MetaCache;
 use crate::store;
 use crate::units::ByteLen;
-use crate::volume::pin::is_pinned;
 use crate::volume::{self, NewVolume, StateDir, Volume, VolumeError, VolumeName, VolumeRecord};
 
 /// How long a volume that goes waits for what its clients have in flight.
@@ -57,7 +59,10 @@ pub struct Host {
     exports: Arc<Exports>,
     /// Taken before any entry's `now`.
     volumes: Mutex<BTreeMap<VolumeName, Arc<Entry>>>,
-    /// Held by who changes what the cache keeps for good.
+    jobs: Jobs,
+    /// Held by who counts what is cached of a volume.
+    counting: tokio::sync::Mutex<()>,
+    /// Held by who changes what the cache keeps for good, or begins a job that will.
     keeping: tokio::sync::Mutex<()>,
     /// Set once its server is there.
     connector: OnceLock<Connector>,
@@ -73,6 +78,8 @@ struct Entry {
     mounting: tokio::sync::Mutex<()>,
     /// Held for moments only.
     now: RwLock<Now>,
+    /// How much of it is cached, as it was counted last.
+    cached: Mutex<Option<status::Cached>>,
 }
 
 /// What is known of a volume at the moment.
@@ -117,6 +124,8 @@ impl Host {
             repositories: Repositories::new(options.remote_timeout),
             exports: Arc::new(Exports::waking(Arc::new(Sleepers(host.clone())))),
             volumes: Mutex::new(volumes),
+            jobs: Jobs::default(),
+            counting: tokio::sync::Mutex::default(),
             keeping: tokio::sync::Mutex::default(),
             connector: OnceLock::new(),
             stop,
@@ -149,9 +158,11 @@ impl Host {
 
     /// Every volume, by name. Looks at the kernel's table of mounts: for a blocking thread.
     pub fn list(&self) -> Vec<VolumeStatus> {
-        let all: Vec<_> =
-            self.volumes.lock().iter().map(|(name, entry)| (name.clone(), entry.clone())).collect();
-        all.iter().filter_map(|(name, entry)| self.status(name, entry)).collect()
+        self.entries().iter().filter_map(|(name, entry)| self.status(name, entry)).collect()
+    }
+
+    fn entries(&self) -> Vec<(VolumeName, Arc<Entry>)> {
+        self.volumes.lock().iter().map(|(name, entry)| (name.clone(), entry.clone())).collect()
     }
 
     /// One volume. Looks at the kernel's table of mounts where it is attached.
@@ -160,8 +171,8 @@ impl Host {
         self.status(name, &entry).ok_or_else(|| self.no_volume(name))
     }
 
-    /// Makes a volume. One that is there and was made of the same wishes is left as it is.
-    pub async fn create(&self, new: &NewVolume) -> Result<VolumeStatus, HostError> {
+    /// Makes a volume. One that is there and was made of the same wishes is left as it is. Whether it was made now.
+    pub async fn create(&self, new: &NewVolume) -> Result<(VolumeStatus, bool), HostError> {
         let entry = self.volumes.lock().entry(new.name.clone()).or_default().clone();
         let turn = entry.turn.lock().await;
         let made = self.create_in_turn(new, &entry).await;
@@ -169,16 +180,17 @@ impl Host {
         if made.is_err() {
             self.forget_if_not_there(&new.name, &entry);
         }
-        made?;
-        self.inspect(&new.name)
+        let is_new = made?;
+        Ok((self.inspect(&new.name)?, is_new))
     }
 
-    async fn create_in_turn(&self, new: &NewVolume, entry: &Entry) -> Result<(), HostError> {
+    async fn create_in_turn(&self, new: &NewVolume, entry: &Entry) -> Result<bool, HostError> {
         let recorded = entry.now.read().record.clone();
         let mut new = new.clone();
         new.access = new.access.iter().map(|url| store::url::lasting(url)).collect::<Result<_, _>>()?;
         if let Some(record) = recorded {
-            return Ok(new.check_same(&record)?);
+            new.check_same(&record)?;
+            return Ok(false);
         }
         if self.stop.is_cancelled() {
             return Err(HostError::Stopping);
@@ -188,7 +200,7 @@ impl Host {
         let record = new.create(&self.state, &repository, &meta).await?;
         tracing::info!(volume = %new.name, image = %new.image, commit = %record.commit, "made");
         entry.now.write().record = Some(record);
-        Ok(())
+        Ok(true)
     }
 
     /// Takes a volume away, with its writes. Nobody may use it.
@@ -205,6 +217,7 @@ impl Host {
             let by = format!("{clients} NBD connection{}", if clients == 1 { "" } else { "s" });
             return Err(HostError::InUse { volume: name.to_string(), by });
         }
+        self.refuse_with_a_job(name)?;
         self.close_in_turn(name, &entry).await?;
         let (state, removed) = (self.state.clone(), name.clone());
         let removing = move || volume::remove(&state, &removed);
@@ -219,36 +232,13 @@ impl Host {
         Ok(())
     }
 
-    /// Has the cache keep what pinned volumes need, and nothing else; where that can't be told, what it keeps now too.
-    async fn keep_what_is_pinned(self: &Arc<Self>) {
-        let host = self.clone();
-        let _keeping = self.keeping.lock().await;
-        // It logged, if it panicked; then what was kept is kept.
-        let _ = tokio::task::spawn_blocking(move || host.keep_what_is_pinned_now()).await;
-    }
-
-    /// The same, of who has `keeping`. Blocks on files.
-    fn keep_what_is_pinned_now(&self) {
-        let pinned =
-            |(name, _): &(VolumeName, VolumeRecord)| is_pinned(&self.state.volume_dir(name.as_str()));
-        let pinned: BTreeSet<_> =
-            self.records().into_iter().filter(pinned).map(|(_, record)| record.commit).collect();
-        let (needed, are_all) = volume::chunks_here(&self.cache, pinned);
-        if are_all {
-            self.cache.keep_only(needed);
-        } else {
-            self.cache.keep(needed);
-            tracing::warn!("can't tell all that pinned volumes need: what was kept so far is kept too");
-        }
-    }
-
     /// What every volume is, by its name.
     fn records(&self) -> Vec<(VolumeName, VolumeRecord)> {
-        let volumes = self.volumes.lock();
-        let with_record = |(name, entry): (&VolumeName, &Arc<Entry>)| {
-            entry.now.read().record.clone().map(|record| (name.clone(), record))
+        let with_record = |(name, entry): (VolumeName, Arc<Entry>)| {
+            let record = entry.now.read().record.clone();
+            record.map(|record| (name, record))
         };
-        volumes.iter().filter_map(with_record).collect()
+        self.entries().into_iter().filter_map(with_record).collect()
     }
 
     /// Frees what the cache holds for nobody, if this was the last volume of its image: while there is one, the next may need the same.

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::HostError;
+use super::{HostError, RepositoryFigures};
 use crate::repo::Repository;
-use crate::store::{self, RetryOptions, Store, UrlError};
+use crate::store::{self, CountingStore, RetryOptions, Store, UrlError};
+use crate::units::ByteLen;
 
 /// What a start reads at once as soon as it knows what to read.
 const FIRST_READS: usize = 32;
@@ -19,7 +20,7 @@ const FIRST_READS: usize = 32;
 /// The stores that are open, by the URLs they were opened by.
 pub struct Repositories {
     options: RetryOptions,
-    open: Mutex<HashMap<Vec<String>, Weak<dyn Store>>>,
+    open: Mutex<HashMap<Vec<String>, Weak<CountingStore>>>,
 }
 
 impl Repositories {
@@ -43,9 +44,24 @@ impl Repositories {
         open.retain(|_, store| store.strong_count() > 0);
         // It has answered on another day.
         let options = RetryOptions { first_contact: self.options.deadline, ..self.options };
-        let store = store::url::open_all(access, options)?;
+        let store = Arc::new(CountingStore::new(store::url::open_all(access, options)?));
         store.expect_reads(FIRST_READS);
         open.insert(access.to_vec(), Arc::downgrade(&store));
         Ok(Repository::opened_before(store, id))
+    }
+
+    /// What was asked of each that is in use.
+    pub fn figures(&self) -> Vec<RepositoryFigures> {
+        let open = self.open.lock();
+        let in_use = open.iter().filter_map(|(access, store)| Some((access.clone(), store.upgrade()?)));
+        let figures = in_use.map(|(access, store)| RepositoryFigures {
+            access,
+            requests: store.requests(),
+            read: ByteLen(store.bytes_read()),
+            attempts: store.attempts(),
+        });
+        let mut figures: Vec<_> = figures.collect();
+        figures.sort_by(|one, other| one.access.cmp(&other.access));
+        figures
     }
 }

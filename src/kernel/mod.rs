@@ -6,6 +6,7 @@
 pub mod device;
 mod error;
 pub mod filesystem;
+pub mod memory;
 pub mod mount;
 pub mod netlink;
 

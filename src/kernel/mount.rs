@@ -42,6 +42,13 @@ pub fn is_above_guard(dir: &Path) -> Result<bool, KernelError> {
     Ok(is_guarded(dir)? && mounts_on(&mount_table()?, dir) > 1)
 }
 
+/// The directories right below another one where something is mounted above a guard.
+pub fn mounted_below(dir: &Path) -> Result<Vec<PathBuf>, KernelError> {
+    let table = mount_table()?;
+    let guards = mounts_in(&table, Path::new(GUARD)).into_iter();
+    Ok(guards.filter(|guarded| guarded.parent() == Some(dir) && mounts_on(&table, guarded) > 1).collect())
+}
+
 /// Takes the guard away, and the directory. What is mounted above it stays, and so does the guard then.
 pub fn unguard(dir: &Path) -> Result<(), KernelError> {
     if is_above_guard(dir)? {

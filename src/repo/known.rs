@@ -7,11 +7,12 @@ use super::MetaCache;
 use crate::format::map_node::{MapNode, root_level};
 use crate::format::{ChunkId, ChunkTable, Commit, CommitId, MapRoot, NodeId};
 
-/// Calls `visit` with each chunk of the commit that can be found without its repository; whether that is every one. Blocks on files.
-pub fn known_chunks(meta: &dyn MetaCache, commit: CommitId, visit: &mut dyn FnMut(&ChunkId)) -> bool {
+/// Calls `visit` with each chunk of the commit that can be found without its repository, and its length; whether that is every one. Blocks on files.
+pub fn known_chunks(meta: &dyn MetaCache, commit: CommitId, visit: &mut dyn FnMut(&ChunkId, u64)) -> bool {
     let read = meta.get(&commit.0).filter(|bytes| commit.check(bytes).is_ok());
     let Some(commit) = read.and_then(|bytes| Commit::decode(&bytes).ok()) else { return false };
     let MapRoot::Node(root) = commit.map else { return true };
+    let chunk_len = commit.chunk_size.len() as u64;
     let mut are_all = true;
     // As deep as the map is, times what a node has.
     let mut nodes: Vec<(NodeId, u8)> = vec![(root, root_level(commit.blocks()))];
@@ -28,7 +29,7 @@ pub fn known_chunks(meta: &dyn MetaCache, commit: CommitId, visit: &mut dyn FnMu
                         ChunkTable::decode(&bytes, table.object, commit.block_size, commit.chunk_size).ok()
                     };
                     match read.and_then(decode) {
-                        Some(table) => table.entries().iter().for_each(|entry| visit(&entry.id)),
+                        Some(table) => table.entries().iter().for_each(|entry| visit(&entry.id, chunk_len)),
                         None => are_all = false,
                     }
                 }

@@ -24,7 +24,7 @@ pub fn unused_chunks(
         if unused.is_empty() {
             break;
         }
-        let are_all = known_chunks(cache, commit, &mut |chunk| {
+        let are_all = known_chunks(cache, commit, &mut |chunk, _| {
             unused.remove(chunk);
         });
         if pinned && !are_all {
@@ -39,7 +39,7 @@ pub fn unused_chunks(
 pub fn chunks_here(cache: &Cache, commits: BTreeSet<CommitId>) -> (HashSet<ChunkId>, bool) {
     let (mut chunks, mut are_all) = (HashSet::new(), true);
     for commit in commits {
-        are_all &= known_chunks(cache, commit, &mut |chunk| {
+        are_all &= known_chunks(cache, commit, &mut |chunk, _| {
             chunks.insert(*chunk);
         });
     }

@@ -4,6 +4,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Volume, VolumeError};
 use crate::cache::Cache;
@@ -43,9 +44,28 @@ pub fn unpin(dir: &Path) -> Result<(), VolumeError> {
     }
 }
 
+/// How far pinning a volume is.
+#[derive(Debug, Default)]
+pub struct Pinning {
+    done: AtomicU64,
+    total: AtomicU64,
+}
+
+impl Pinning {
+    /// Bytes that are here.
+    pub fn done(&self) -> ByteLen {
+        ByteLen(self.done.load(Ordering::Relaxed))
+    }
+
+    /// Bytes there are; nothing before that is known.
+    pub fn total(&self) -> ByteLen {
+        ByteLen(self.total.load(Ordering::Relaxed))
+    }
+}
+
 impl Volume {
     /// Brings all of the commit here and marks the volume. How many bytes were fetched.
-    pub async fn pin(&self, cache: &Cache) -> Result<ByteLen, VolumeError> {
+    pub async fn pin(&self, cache: &Cache, progress: &Pinning) -> Result<ByteLen, VolumeError> {
         let base = self.device().base();
         let chunks = chunks_of(base.version()).await?;
         let needed = ByteLen(chunks.len() as u64 * base.chunk_len());
@@ -55,7 +75,12 @@ impl Volume {
         }
         // Before the fetch: its end must not wash out its beginning.
         cache.keep(chunks.iter().copied());
-        let brought = super::prefetch::fetch_everything(base, None, Err).await?;
+        let here = chunks.iter().filter(|chunk| cache.contains(chunk)).count() as u64 * base.chunk_len();
+        progress.total.store(needed.0, Ordering::Relaxed);
+        let brought =
+            |so_far: ByteLen| progress.done.store((here + so_far.0).min(needed.0), Ordering::Relaxed);
+        brought(ByteLen(0));
+        let brought = super::prefetch::fetch_everything(base, None, brought, Err).await?;
         cache.written().await;
         if let Some(missing) = chunks.iter().find(|id| !cache.contains(id)) {
             return Err(VolumeError::NotKept { volume: self.name().to_owned(), chunk: *missing });

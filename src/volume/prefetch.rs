@@ -145,7 +145,7 @@ impl Volume {
             failed += 1;
             Ok(())
         };
-        let brought = fetch_everything(base, rate, go_on).await.unwrap_or_default();
+        let brought = fetch_everything(base, rate, |_| (), go_on).await.unwrap_or_default();
         let (volume, brought, took) = (self.name(), brought.human(), began.elapsed());
         match failed {
             0 => tracing::info!(volume, %brought, ?took, "all of it is here"),
@@ -215,10 +215,11 @@ impl Volume {
     }
 }
 
-/// Brings all of a commit here, giving way to whoever waits for the repository. Of a part that fails `on_failure` says whether to go on without it.
+/// Brings all of a commit here, giving way to whoever waits for the repository. `on_share` is told the bytes that came so far. Of a part that fails `on_failure` says whether to go on without it.
 pub(super) async fn fetch_everything(
     base: &Arc<Base>,
     rate: Option<ByteLen>,
+    on_share: impl Fn(ByteLen),
     mut on_failure: impl FnMut(BaseError) -> Result<(), BaseError>,
 ) -> Result<ByteLen, BaseError> {
     let end = base.len();
@@ -242,7 +243,10 @@ pub(super) async fn fetch_everything(
         at = ByteOffset((first.0 + SHARE as u64) * base.chunk_len());
         base.quiet().await;
         match base.fetch_early(share).await {
-            Ok(bytes) => brought += bytes.0,
+            Ok(bytes) => {
+                brought += bytes.0;
+                on_share(ByteLen(brought));
+            }
             Err(error) => {
                 on_failure(error)?;
                 tokio::time::sleep(AFTER_FAILURE).await;

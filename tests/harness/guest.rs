@@ -4,7 +4,7 @@
 //! the guest sees. Paths given to a guest must not lie under /run, /mnt or /dev: it has its own.
 
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -26,13 +26,14 @@ pub fn guests() -> bool {
 #[derive(Debug)]
 pub struct Guest {
     args: Vec<OsString>,
+    disks: Vec<PathBuf>,
     limit: Duration,
 }
 
 impl Guest {
     /// A guest with `serve` set up to start the server under test on `repository`, its state on tmpfs.
     pub fn serving(repository: &Path, name: &str, limit: Duration) -> Self {
-        Self { args: Vec::new(), limit }
+        Self { args: Vec::new(), disks: Vec::new(), limit }
             .env("SERVER", "horcrux")
             .env("HORCRUX_NBD", env!("CARGO_BIN_EXE_horcrux-nbd"))
             .env("REPO", repository)
@@ -41,7 +42,7 @@ impl Guest {
 
     /// A guest that serves nothing.
     pub fn running(limit: Duration) -> Self {
-        Self { args: Vec::new(), limit }
+        Self { args: Vec::new(), disks: Vec::new(), limit }
     }
 
     /// Sets a variable of the guest script.
@@ -54,12 +55,26 @@ impl Guest {
         self
     }
 
+    /// Gives the guest so much memory, as `640M`.
+    #[must_use]
+    pub fn memory(mut self, size: &str) -> Self {
+        self.args.extend(["-m".into(), size.into()]);
+        self
+    }
+
+    /// Gives the guest a raw image as its next disk, `/dev/ubda` and so on.
+    #[must_use]
+    pub fn disk(mut self, image: &Path) -> Self {
+        self.disks.push(image.to_owned());
+        self
+    }
+
     /// Boots, runs `tests/uml/guest/SCRIPT`, and returns the console. Panics with it when the script fails.
     pub fn run(self, script: &str) -> String {
         let out = tempfile::tempdir().expect("a temporary directory");
         let mut command = Command::new(in_tests("uml/run.sh"));
         command.arg("-o").arg(out.path()).args(["-t", &self.limit.as_secs().to_string()]).args(&self.args);
-        command.arg(in_tests("uml/guest").join(script));
+        command.arg(in_tests("uml/guest").join(script)).args(&self.disks);
         self.finish(&mut command, out.path(), 1)
     }
 

@@ -122,6 +122,16 @@ pub fn need(tools: &[&str]) -> bool {
     can(missing.is_empty(), &format!("not installed: {missing:?}; `make packages` names the packages"))
 }
 
+/// Whether Debian's Python has this module. Says so where it has not; in CI that is a failure.
+pub fn need_python(module: &str) -> bool {
+    let import = format!("import {module}");
+    let done = Command::new("/usr/bin/python3").args(["-c", &import]).stderr(Stdio::null()).status();
+    can(
+        done.is_ok_and(|status| status.success()),
+        &format!("python3 has no {module}; `make packages` names the package"),
+    )
+}
+
 /// nbdsh, with the Python its module is installed for, whatever Python comes first in PATH.
 pub fn nbdsh() -> Command {
     let path = std::env::var("PATH").unwrap_or_default();

@@ -1,24 +1,34 @@
 //! `pin`, `unpin` and `cache`: what is here, that it is right, that it stays, and giving space back.
 //!
-//! Enters: a state directory. Leaves: figures on standard output; chunks fetched or freed. Looking works beside a running server; what changes the cache does not.
+//! Enters: a state directory. Leaves: figures on standard output; chunks fetched or freed. Looking works beside a running server; pinning is the daemon's where one runs, and
+//! what else changes the cache waits for its end.
 
 use std::collections::{BTreeMap, HashSet};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use clap::Subcommand;
 use horcrux::cache::care::{KeptMeta, Survey, prune, survey, verify};
 use horcrux::cache::{Cache, CacheError, CacheOptions};
+use horcrux::control::api::{Job, JobState};
+use horcrux::control::{Client, ClientError, socket_of};
 use horcrux::format::ChunkId;
 use horcrux::repo::{ImageName, MetaCache, RepoError, Repository, Version, VersionOptions};
 use horcrux::store::{self, RetryOptions, UrlError};
 use horcrux::units::ByteLen;
-use horcrux::volume::pin::{chunks_of, is_pinned, unpin};
+use horcrux::volume::pin::{Pinning, chunks_of, is_pinned, unpin};
 use horcrux::volume::{StateDir, Volume, VolumeError, VolumeName, VolumeRecord, volume_dir};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::place::{Place, PlaceError};
+
+/// How often a running job is looked at.
+const EVERY: Duration = Duration::from_millis(200);
+/// How long the daemon may take to answer.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// `pin`.
 #[derive(clap::Args)]
@@ -28,6 +38,9 @@ pub struct Pin {
     /// Bytes of disk the cache may take
     #[arg(long, value_name = "SIZE", default_value = "16G")]
     cache_size: ByteLen,
+    /// Do not wait for the end of it: a running daemon goes on ('jobs' shows how far it is)
+    #[arg(long)]
+    no_wait: bool,
     /// The volume
     volume: VolumeName,
 }
@@ -87,6 +100,12 @@ pub enum Error {
     Cache(#[from] CacheError),
     #[error(transparent)]
     Place(#[from] PlaceError),
+    #[error(transparent)]
+    Daemon(#[from] ClientError),
+    #[error("{0}")]
+    Job(String),
+    #[error("volume {0} is not pinned: that was cancelled")]
+    Cancelled(String),
     #[error("can't tell what volume {volume} needs: {source}")]
     Unknown { volume: String, source: Box<RepoError> },
     #[error("can't start: {0}")]
@@ -102,6 +121,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Error::Place(error) => error.hint(),
+            Error::Daemon(error) => error.hint(),
             Error::Volume(VolumeError::StateDirInUse { .. }) => Some(
                 "stop that server first, or have it fetch everything with 'serve --prefetch all'".to_owned(),
             ),
@@ -125,6 +145,9 @@ fn runtime() -> Result<tokio::runtime::Runtime, Error> {
 impl Pin {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
+        if let Some((client, runtime)) = daemon(&self.place)? {
+            return runtime.block_on(self.ask(&client));
+        }
         let record = self.place.volume(self.volume.as_str())?.record;
         let state = StateDir::open(&self.place.state_dir()?)?;
         let cache = Cache::open(&state.cache_dir(), CacheOptions::new(self.cache_size))?;
@@ -133,16 +156,134 @@ impl Pin {
             let repository = Repository::open(store).await?;
             let volume =
                 Volume::open(&state, &cache, &repository, self.volume.as_str(), record, true).await?;
-            Ok::<_, Error>(volume.pin(&cache).await?)
+            Ok::<_, Error>(volume.pin(&cache, &Pinning::default()).await?)
         })?;
         say!("{}: all of it is here and stays ({} fetched)", self.volume, brought.human());
         Ok(())
+    }
+
+    /// Has the daemon do it, and waits for that. An interrupt cancels it.
+    async fn ask(&self, client: &Client) -> Result<(), Error> {
+        let mut job = client.pin(self.volume.as_str()).await?;
+        if self.no_wait {
+            return Ok(say!("job {}", job.id));
+        }
+        let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
+        let bar = ProgressBar::new(0);
+        if let Ok(style) =
+            ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta} left")
+        {
+            bar.set_style(style);
+        }
+        while job.state == JobState::Running {
+            bar.set_length(job.total_bytes);
+            bar.set_position(job.done_bytes);
+            tokio::select! {
+                () = tokio::time::sleep(EVERY) => job = client.job(job.id).await?,
+                // Its answer is that it is cancelled, or was done before.
+                _ = &mut interrupted => {
+                    job = cancelled(client, job.id).await?;
+                    break;
+                }
+            }
+        }
+        bar.finish_and_clear();
+        match job.state {
+            JobState::Done => Ok(say!("{}: all of it is here and stays", self.volume)),
+            JobState::Failed => Err(Error::Job(job.error.unwrap_or_default())),
+            JobState::Cancelled | JobState::Running => Err(Error::Cancelled(self.volume.to_string())),
+        }
+    }
+}
+
+/// Cancels a job and waits until it has ended.
+async fn cancelled(client: &Client, id: u64) -> Result<Job, Error> {
+    let mut job = client.cancel_job(id).await?;
+    let deadline = Instant::now() + PATIENCE;
+    while job.state == JobState::Running && Instant::now() < deadline {
+        tokio::time::sleep(EVERY).await;
+        job = client.job(id).await?;
+    }
+    Ok(job)
+}
+
+/// The daemon of the state directory; `None` where none runs.
+fn daemon(place: &Place) -> Result<Option<(Client, tokio::runtime::Runtime)>, Error> {
+    let runtime = runtime()?;
+    let client = Client::new(&socket_of(&place.state_dir()?), PATIENCE);
+    match runtime.block_on(client.status()) {
+        Err(ClientError::NoDaemon { source, .. })
+            if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+        Ok(_) => Ok(Some((client, runtime))),
+    }
+}
+
+/// `jobs`.
+#[derive(clap::Args)]
+pub struct Jobs {
+    #[command(flatten)]
+    place: Place,
+    #[command(subcommand)]
+    action: Option<JobAction>,
+    /// Print it as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum JobAction {
+    /// Have a job end before it is done
+    Cancel {
+        /// Its number
+        id: u64,
+    },
+}
+
+impl Jobs {
+    /// Runs the command.
+    pub fn run(self) -> Result<(), Error> {
+        let client = Client::new(&socket_of(&self.place.state_dir()?), PATIENCE);
+        let runtime = runtime()?;
+        if let Some(JobAction::Cancel { id }) = self.action {
+            let job = runtime.block_on(cancelled(&client, id))?;
+            say!("job {id}: {}", told(&job));
+            return Ok(());
+        }
+        let jobs = runtime.block_on(client.jobs())?;
+        if self.json {
+            serde_json::to_writer_pretty(std::io::stdout(), &jobs).map_err(std::io::Error::from)?;
+            say!();
+            return Ok(());
+        }
+        for job in &jobs {
+            let (done, total) = (ByteLen(job.done_bytes).human(), ByteLen(job.total_bytes).human());
+            say!("{}: pin {}, {done} of {total}, {}", job.id, job.volume, told(job));
+        }
+        Ok(())
+    }
+}
+
+fn told(job: &Job) -> String {
+    match (job.state, &job.error) {
+        (JobState::Running, _) => format!("running for {:.0} s", job.took_s),
+        (JobState::Done, _) => format!("done in {:.1} s", job.took_s),
+        (JobState::Cancelled, _) => "cancelled".to_owned(),
+        (JobState::Failed, error) => format!("failed: {}", error.as_deref().unwrap_or_default()),
     }
 }
 
 impl Unpin {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
+        if let Some((client, runtime)) = daemon(&self.place)? {
+            runtime.block_on(client.unpin(self.volume.as_str()))?;
+            say!("{}: may leave the cache", self.volume);
+            return Ok(());
+        }
         unpin(&self.place.volume(self.volume.as_str())?.dir)?;
         say!("{}: may leave the cache from the next start on", self.volume);
         Ok(())

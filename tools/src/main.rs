@@ -20,7 +20,7 @@ mod volume;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Git for data volumes: images of directories, in a repository.
 #[derive(Parser)]
@@ -43,6 +43,8 @@ enum Command {
     Pin(cache::Pin),
     /// Let a pinned volume leave the cache again
     Unpin(cache::Unpin),
+    /// Work of the daemon that takes long: how far it is, and to cancel it
+    Jobs(cache::Jobs),
     /// What is here of which volume; verify it; free what nobody needs
     Cache(cache::CacheCommand),
     /// Make, list and take away volumes of the daemon ('horcrux-nbd serve')
@@ -59,6 +61,12 @@ enum Command {
     Status(volume::StatusCommand),
     /// Copy a repository, or one image of it, to another place: what is missing there
     Sync(sync::Sync),
+    /// Write man pages and shell completions, for packages
+    #[command(hide = true)]
+    Manual {
+        /// The directory
+        dir: std::path::PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -69,6 +77,7 @@ fn main() -> ExitCode {
         Command::Prefetch(command) => end(command.run(), prefetch::Error::hint),
         Command::Pin(command) => end(command.run(), cache::Error::hint),
         Command::Unpin(command) => end(command.run(), cache::Error::hint),
+        Command::Jobs(command) => end(command.run(), cache::Error::hint),
         Command::Cache(command) => end(command.run(), cache::Error::hint),
         Command::Volume(command) => end(command.run(), volume::Error::hint),
         Command::Attach(command) => end(command.run(), volume::Error::hint),
@@ -77,6 +86,7 @@ fn main() -> ExitCode {
         Command::Detach(command) => end(command.run(), volume::Error::hint),
         Command::Status(command) => end(command.run(), volume::Error::hint),
         Command::Sync(command) => end(command.run(), sync::Error::hint),
+        Command::Manual { dir } => end(horcrux::manual::write(Args::command(), &dir), |_| None),
     }
 }
 

@@ -11,7 +11,7 @@ use horcrux::control::api::{Attach, CreateVolume, Mount, PrefetchMode, Unmount, 
 use horcrux::control::{Client, ClientError, socket_of};
 use horcrux::repo::RefSpec;
 use horcrux::units::ByteLen;
-use horcrux::volume::VolumeName;
+use horcrux::volume::{VolumeError, VolumeName};
 use serde::Serialize;
 
 use crate::place::{Place, PlaceError};
@@ -105,10 +105,16 @@ pub enum Error {
     Place(#[from] PlaceError),
     #[error(transparent)]
     Daemon(#[from] ClientError),
+    #[error(transparent)]
+    Name(#[from] VolumeError),
     #[error("not all were taken away: {}", .0.join("; "))]
     NotAll(Vec<String>),
+    #[error("not all were unmounted: {}", .0.join("; "))]
+    NotUnmounted(Vec<String>),
     #[error("{} is not a path the daemon can be told: it is not UTF-8", .0.display())]
     NotText(OsString),
+    #[error("which volume? 'mount VOLUME DIR', or 'mount --access REPO --name NAME DIR'")]
+    NoVolume,
     #[error("can't start: {0}")]
     Runtime(std::io::Error),
     #[error("can't print: {0}")]
@@ -146,7 +152,7 @@ impl VolumeCommand {
             Action::Create(create) => {
                 let json = create.json;
                 let made = runtime.block_on(client.create_volume(&create.wanted()))?;
-                if json { print_json(&made) } else { Ok(say!("{}", made.name)) }
+                if json { print_json(&made.volume) } else { Ok(say!("{}", made.volume.name)) }
             }
             Action::Ls { json } => {
                 let volumes = runtime.block_on(client.volumes())?;
@@ -174,20 +180,30 @@ impl VolumeCommand {
 impl Create {
     fn wanted(&self) -> CreateVolume {
         CreateVolume {
-            name: self.volume.to_string(),
-            access: self.access.iter().map(|place| lasting(place)).collect(),
-            image: self.name.image.to_string(),
-            reference: Some(self.name.reference.to_string()),
             size: self.size.map(|size| size.0),
-            filesystem: None,
-            read_only: self.read_only,
             prefetch: match self.prefetch {
                 Prefetch::All => PrefetchMode::All,
                 Prefetch::None => PrefetchMode::None,
                 Prefetch::Learned => PrefetchMode::Learned,
             },
             quota: self.quota.map(|quota| quota.0),
+            ..plain(&self.volume, &self.access, &self.name, self.read_only)
         }
+    }
+}
+
+/// A volume with no wishes but where it comes from.
+fn plain(volume: &VolumeName, access: &[String], name: &RefSpec, read_only: bool) -> CreateVolume {
+    CreateVolume {
+        name: volume.to_string(),
+        access: access.iter().map(|place| lasting(place)).collect(),
+        image: name.image.to_string(),
+        reference: Some(name.reference.to_string()),
+        size: None,
+        filesystem: None,
+        read_only,
+        prefetch: PrefetchMode::default(),
+        quota: None,
     }
 }
 
@@ -233,6 +249,10 @@ fn inspect(volume: &Volume) -> Result<(), Error> {
             format!(", mounted on {}", volume.mounts.join(", "))
         };
         say!("  attached as {device}{on}");
+    }
+    if let Some(cached) = volume.cached_bytes {
+        let stays = if volume.pinned { ", pinned" } else { "" };
+        say!("  {} of it in the cache{stays}", ByteLen(cached).human());
     }
     match &volume.open {
         Some(open) => {
@@ -306,13 +326,24 @@ impl DetachCommand {
 
 /// `mount`.
 #[derive(clap::Args)]
+#[command(allow_missing_positional = true)]
 pub struct MountCommand {
     #[command(flatten)]
     place: Place,
-    /// The volume
-    volume: VolumeName,
+    /// The volume [default, with --name: one with the image's name]
+    volume: Option<VolumeName>,
     /// A directory that is there
+    #[arg(required = true)]
     dir: PathBuf,
+    /// Make the volume first, if it is not there: repository the image is in; may be given more than once
+    #[arg(long, value_name = "REPO", requires = "name")]
+    access: Vec<String>,
+    /// Image, and which version of it
+    #[arg(long, value_name = "NAME[@REF]", requires = "access")]
+    name: Option<RefSpec>,
+    /// Refuse writes
+    #[arg(long, requires = "name")]
+    read_only: bool,
     /// Print the volume as JSON
     #[arg(long)]
     json: bool,
@@ -324,9 +355,16 @@ pub struct UmountCommand {
     #[command(flatten)]
     place: Place,
     /// The volume
-    volume: VolumeName,
+    #[arg(required_unless_present = "all")]
+    volume: Option<VolumeName>,
     /// The directory [default: everywhere it is mounted]
     dir: Option<PathBuf>,
+    /// Every volume, wherever it is mounted: before the host goes down
+    #[arg(long, conflicts_with_all = ["volume", "dir", "rm"])]
+    all: bool,
+    /// Then take the volume away, with what was written to it
+    #[arg(long)]
+    rm: bool,
 }
 
 /// The daemon has another current directory.
@@ -340,8 +378,27 @@ impl MountCommand {
     pub fn run(self) -> Result<(), Error> {
         let (client, runtime) = daemon(&self.place)?;
         let wanted = Mount { directory: absolute(&self.dir)? };
-        let volume = runtime.block_on(client.mount(self.volume.as_str(), &wanted))?;
+        let volume = runtime.block_on(self.mount(&client, &wanted))?;
         if self.json { print_json(&volume) } else { Ok(say!("{}", wanted.directory)) }
+    }
+
+    async fn mount(&self, client: &Client, wanted: &Mount) -> Result<Volume, Error> {
+        let named = match &self.name {
+            Some(name) => Some(name.image.to_string().parse::<VolumeName>()?),
+            None => None,
+        };
+        let volume = self.volume.as_ref().or(named.as_ref()).ok_or(Error::NoVolume)?;
+        let Some(name) = &self.name else { return Ok(client.mount(volume.as_str(), wanted).await?) };
+        let made = client.create_volume(&plain(volume, &self.access, name, self.read_only)).await?;
+        let mounted = client.mount(volume.as_str(), wanted).await;
+        // It was made for this alone, and nothing was written to it.
+        if mounted.is_err()
+            && made.is_new
+            && let Err(error) = client.remove_volume(volume.as_str()).await
+        {
+            tracing::warn!(%volume, %error, "a volume that was made for this is left");
+        }
+        Ok(mounted?)
     }
 }
 
@@ -350,7 +407,23 @@ impl UmountCommand {
     pub fn run(self) -> Result<(), Error> {
         let (client, runtime) = daemon(&self.place)?;
         let wanted = Unmount { directory: self.dir.as_deref().map(absolute).transpose()? };
-        runtime.block_on(client.unmount(self.volume.as_str(), &wanted))?;
-        Ok(say!("{}", self.volume))
+        let Some(volume) = &self.volume else { return runtime.block_on(unmount_all(&client)) };
+        runtime.block_on(client.unmount(volume.as_str(), &wanted))?;
+        if self.rm {
+            runtime.block_on(client.remove_volume(volume.as_str()))?;
+        }
+        Ok(say!("{volume}"))
     }
+}
+
+/// Goes on past those that fail.
+async fn unmount_all(client: &Client) -> Result<(), Error> {
+    let mut failed = Vec::new();
+    for volume in client.volumes().await?.iter().filter(|volume| !volume.mounts.is_empty()) {
+        match client.unmount(&volume.name, &Unmount::default()).await {
+            Ok(()) => say!("{}", volume.name),
+            Err(error) => failed.push(error.to_string()),
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { Err(Error::NotUnmounted(failed)) }
 }

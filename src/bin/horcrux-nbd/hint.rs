@@ -5,6 +5,7 @@
 use std::io;
 
 use horcrux::cache::CacheError;
+use horcrux::control::TokenError;
 use horcrux::delta::DeltaError;
 use horcrux::format::FormatError;
 use horcrux::nbd::{Endpoint, ServeError};
@@ -24,6 +25,12 @@ pub fn hint(error: &Error) -> Option<String> {
         Error::Volume(error) => of_volume(error),
         Error::Serve(error) => of_server(error),
         Error::Cache(error) => of_cache(error),
+        Error::Token(TokenError::Open { path, .. }) => {
+            Some(format!("chmod 600 {}; and it must be root's, or the daemon's own", path.display()))
+        }
+        Error::Token(TokenError::Content { path }) => {
+            Some(format!("'(umask 077; openssl rand -hex 32 >{})' makes one", path.display()))
+        }
         _ => None,
     }
 }

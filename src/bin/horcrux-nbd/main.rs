@@ -10,7 +10,7 @@ mod serve;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
 /// Serves Horcrux volumes over NBD.
 #[derive(Parser)]
@@ -26,7 +26,13 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Serve versions of images as disks, or be the daemon of all volumes here; their changes stay in the state directory
-    Serve(serve::Args),
+    Serve(Box<serve::Args>),
+    /// Write man pages and shell completions, for packages
+    #[command(hide = true)]
+    Manual {
+        /// The directory
+        dir: std::path::PathBuf,
+    },
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -40,14 +46,27 @@ enum LogFormat {
 fn main() -> ExitCode {
     let args = Args::parse();
     start_logging(args.log_format);
-    let Command::Serve(serve) = args.command;
-    match serve::run(serve) {
+    let serve = match args.command {
+        Command::Serve(serve) => serve,
+        Command::Manual { dir } => return written(horcrux::manual::write(Args::command(), &dir)),
+    };
+    match serve::run(*serve) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
             if let Some(hint) = hint::hint(&error) {
                 eprintln!("hint: {hint}");
             }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn written(result: std::io::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: can't write the manual: {error}");
             ExitCode::FAILURE
         }
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use horcrux::cache::{Cache, CacheError, CacheOptions};
+use horcrux::control::TokenError;
 use horcrux::host::HostOptions;
 use horcrux::nbd::{Endpoint, Export, Exports, Listener, ServeError, Server, ServerOptions};
 use horcrux::repo::{ImageName, Reference, RepoError, Repository};
@@ -20,7 +21,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::daemon;
+use crate::daemon::{self, Remote};
 
 /// What a start reads at once as soon as it knows what to read.
 const FIRST_READS: usize = 32;
@@ -45,6 +46,12 @@ pub struct Args {
     /// TCP address to listen on
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
+    /// TCP address for the control API and /metrics besides its socket; plain HTTP, for who has the token
+    #[arg(long, value_name = "ADDR:PORT", requires = "control_token", conflicts_with = "names")]
+    control_listen: Option<SocketAddr>,
+    /// File with the token for --control-listen, which nobody else may read
+    #[arg(long, value_name = "FILE", requires = "control_listen")]
+    control_token: Option<PathBuf>,
     /// Where deltas and the cache are kept [default: /var/lib/horcrux for root, else $XDG_STATE_HOME/horcrux]
     #[arg(long, value_name = "DIR", env = "HORCRUX_STATE_DIR")]
     state_dir: Option<PathBuf>,
@@ -117,6 +124,10 @@ pub enum Error {
     System(&'static str, io::Error),
     #[error("can't listen on {}: {source}", path.display())]
     Control { path: PathBuf, source: io::Error },
+    #[error("can't listen on {address}: {source}")]
+    ControlTcp { address: SocketAddr, source: io::Error },
+    #[error(transparent)]
+    Token(#[from] TokenError),
     #[error("no state directory: neither --state-dir, HORCRUX_STATE_DIR, XDG_STATE_HOME nor HOME is set")]
     NoStateDir,
     #[error("{0} volumes could not be flushed; what they acknowledged since their last flush may be lost")]
@@ -125,6 +136,14 @@ pub enum Error {
 
 /// Serves until SIGTERM or SIGINT.
 pub fn run(args: Args) -> Result<(), Error> {
+    if args.names.is_empty() && rustix::process::geteuid().is_root() {
+        // Before there is any other thread. Who is not root can attach no device.
+        let missing = horcrux::kernel::memory::hold();
+        let reasons = [("mlockall", missing.lock), ("PR_SET_IO_FLUSHER", missing.flusher)];
+        for (what, error) in reasons.into_iter().filter_map(|(what, error)| Some((what, error?))) {
+            tracing::warn!(what, %error, "when memory runs out, an attached device may stand still");
+        }
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -158,7 +177,9 @@ async fn serve(args: Args) -> Result<(), Error> {
     }
     let listeners = endpoints.iter().map(Listener::bind).collect::<Result<Vec<_>, _>>()?;
     if args.names.is_empty() {
+        let control = args.control_listen.zip(args.control_token);
         let options = daemon::Options {
+            control: control.map(|(address, token)| Remote { address, token }),
             cache_size: args.cache_size,
             handshake_limit: Duration::from_secs(args.handshake_limit),
             host: HostOptions {

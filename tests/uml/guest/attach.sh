@@ -1,6 +1,6 @@
 # The daemon's volumes as kernel devices: attached and detached by the command line, under every kind of end a daemon can have.
 #
-# In: HORCRUX_CLI, HORCRUX_NBD, REPO with the images `image` (ext4) and `other` (XFS), MANIFEST of the first; ROUNDS of kills, LOOPS of attach and detach.
+# In: HORCRUX_CLI, HORCRUX_NBD, REPO with the images `image` (ext4), `other` (XFS) and `third`, MANIFEST of the first two; ROUNDS of kills, LOOPS of attach and detach.
 export HORCRUX_STATE_DIR=$STATE
 cli() { "$HORCRUX_CLI" "$@"; }
 
@@ -83,7 +83,57 @@ cli mount x1 /mnt/x1
 [ "$(cat /mnt/x1/kept)" = kept ] || fail "a write is lost"
 cli umount x1
 cli umount x1
+# And made in the same step, and taken away.
+mkdir -p /mnt/new
+[ "$(cli mount --access "$REPO" --name other --read-only /mnt/new)" = /mnt/new ] || fail "it is mounted elsewhere"
+tree check "$MANIFEST" /mnt/new
+cli mount --access "$REPO" --name other@main --read-only other /mnt/new
+cli umount --rm other
+cli mount --access "$REPO" --name image named /mnt/new
+refused "there is a volume named already" cli mount --access "$REPO" --name other named /mnt/x1
+cli umount --rm named /mnt/new
+refused "can't find the directory /mnt/nowhere" cli mount --access "$REPO" --name image /mnt/nowhere
+refused "which volume?" cli mount /mnt/new
+if cli volume inspect image 2>/dev/null; then fail "a volume is left by a mount that failed"; fi
+[ "$(connected)" = 1 ] || fail "$(connected) devices are connected, not 1"
+# All at once, as before the host goes down; what is in use is told of, and the others go.
+cli mount x1 /mnt/x1
+cli mount x2 /mnt/x2
+exec 9</mnt/x1/kept
+refused "not all were unmounted: " cli umount --all
+exec 9<&-
+! mountpoint -q /mnt/x2 || fail "x2 is mounted still"
+! mountpoint -q /mnt/fs || fail "v1 is mounted still"
+cli umount --all
+[ "$(connected)" = 0 ] || fail "$(connected) devices are connected"
+dev=$(cli attach v1)
+mount "$dev" /mnt/fs
 say "mounted and unmounted in one step"
+
+# A repository that hangs: the mount is given up, and what comes of it later is undone.
+insmod "/usr/lib/uml/modules/$(uname -r)/kernel/fs/fuse/fuse.ko"
+mkdir -p /mnt/slow /mnt/late
+mke2fs -q -t ext4 -d "$REPO" /mnt/slow.img 256M
+fuse2fs -f -o ro /mnt/slow.img /mnt/slow >"$UML_OUT/fuse.log" 2>&1 &
+fuse_pid=$!
+wait_until "the slow repository" test -e /mnt/slow/format
+cli volume create slow --access /mnt/slow --name third
+kill -STOP "$fuse_pid"
+before=$SECONDS
+refused "volume slow could not be mounted within 20 s" cli mount slow /mnt/late
+waited=$((SECONDS - before))
+[ $waited -ge 19 ] && [ $waited -le 29 ] || fail "it was given up after $waited s"
+[ "$(connected)" = 1 ] || fail "$(connected) devices are connected, not 1"
+kill -CONT "$fuse_pid"
+undone() { grep "unmounted" "$UML_OUT/server.log" | grep -q "/mnt/late"; }
+wait_until "the late mount to be undone" undone
+only_one() { [ "$(connected)" = 1 ]; }
+wait_until "its device to be given back" only_one
+! mountpoint -q /mnt/late || fail "it is mounted"
+cli mount slow /mnt/late
+cli umount --rm slow
+umount /mnt/slow
+say "a mount that came too late was undone"
 
 # Killed, and stopped, under a program that writes: a pause, no error.
 fio --name=w --directory=/mnt/fs --rw=randwrite --bs=4k --size=24m --verify=crc32c --verify_backlog=64 --time_based \
