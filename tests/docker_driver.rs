@@ -363,3 +363,133 @@ fn a_mount_with_a_repository_that_hangs_is_given_up_in_time() {
     driver.stop();
     server.stop();
 }
+
+/// A certificate of `by`, or of itself.
+fn certificate(dir: &Path, name: &str, by: Option<&str>) {
+    let file = |name: &str, kind: &str| dir.join(format!("{name}.{kind}")).display().to_string();
+    let (key, pem) = (file(name, "key"), file(name, "pem"));
+    let mut openssl = Command::new("openssl");
+    openssl.args([
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]);
+    openssl.args([
+        "-subj",
+        &format!("/CN={name}"),
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-keyout",
+        &key,
+        "-out",
+        &pem,
+    ]);
+    if let Some(by) = by {
+        openssl.args([
+            "-addext",
+            "basicConstraints=critical,CA:FALSE",
+            "-CA",
+            &file(by, "pem"),
+            "-CAkey",
+            &file(by, "key"),
+        ]);
+    }
+    run(&mut openssl).ok();
+}
+
+#[test]
+fn over_tls_only_a_docker_with_a_certificate_is_answered() {
+    if !need(&["curl", "openssl"]) {
+        return;
+    }
+    let image = Image::sparse();
+    let state = image.state();
+    let dir = image.dir();
+    for (name, by) in [
+        ("ca", None),
+        ("driver", Some("ca")),
+        ("docker", Some("ca")),
+        ("other", None),
+        ("stranger", Some("other")),
+    ] {
+        certificate(dir, name, by);
+    }
+    let file = |name: &str| dir.join(name).display().to_string();
+    let tls = |cert: &str, key: &str, ca: &str| {
+        let mut command = command(&state, &state.join("unused.sock"));
+        command.args(["--listen", "127.0.0.1:0", "--tls-cert", &file(cert), "--tls-key", &file(key)]);
+        command.args(["--tls-client-ca", &file(ca)]);
+        command
+    };
+    for (cert, key, ca, words) in [
+        ("nowhere.pem", "driver.key", "ca.pem", "can't use "),
+        ("driver.key", "driver.key", "ca.pem", "driver.key holds no certificate"),
+        ("driver.pem", "docker.key", "ca.pem", "driver.pem and its key can't be used"),
+        ("driver.pem", "driver.key", "ca.key", "ca.key holds no certificate"),
+    ] {
+        let said = run(&mut tls(cert, key, ca));
+        assert!(said.status.code() == Some(1) && said.stderr.contains(words), "{}", said.stderr);
+    }
+    let log = dir.join("driver.log");
+    let mut ours = tls("driver.pem", "driver.key", "ca.pem");
+    let mut child = ours.stdin(Stdio::null()).stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
+    let address = || {
+        let text = std::fs::read_to_string(&log).unwrap();
+        text.split_once("ready address=").and_then(|(_, rest)| Some(rest.lines().next()?.to_owned()))
+    };
+    assert!(until(PATIENCE, || address().is_some()), "the driver does not listen");
+    let url = format!("https://{}/VolumeDriver.Capabilities", address().unwrap());
+    let ask = |more: &[&str]| {
+        let mut curl = Command::new("curl");
+        curl.args(["-sS", "--max-time", "20", "--cacert", &file("ca.pem"), "-d", "{}"]).args(more).arg(&url);
+        run(&mut curl)
+    };
+    let with =
+        |name: &str| ask(&["--cert", &file(&format!("{name}.pem")), "--key", &file(&format!("{name}.key"))]);
+    assert!(with("docker").ok().contains("local"));
+    for said in [ask(&[]), with("stranger")] {
+        assert!(!said.status.success() && said.stdout.is_empty(), "{} {}", said.stdout, said.stderr);
+    }
+    assert!(with("docker").ok().contains("local"), "and it goes on");
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert!(wait(&mut child, PATIENCE).unwrap().success());
+}
+
+#[test]
+fn a_service_manager_gives_the_socket_and_is_told_when_the_driver_is_ready() {
+    let image = Image::sparse();
+    let state = image.state();
+    std::fs::create_dir_all(&state).unwrap();
+    let (socket, told) = (state.join("given.sock"), state.join("told.sock"));
+    let given = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let manager = std::os::unix::net::UnixDatagram::bind(&told).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    rustix::io::fcntl_setfd(&given, rustix::io::FdFlags::empty()).unwrap();
+    let driver = command(&state, &state.join("own.sock"));
+    let mut shell = Command::new("/bin/bash");
+    let script = format!(
+        "exec 3<&{}; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\"",
+        std::os::fd::AsRawFd::as_raw_fd(&given)
+    );
+    shell.args(["-c", &script, "driver"]).arg(driver.get_program()).args(driver.get_args());
+    let mut child = shell.env("NOTIFY_SOCKET", &told).stdin(Stdio::null()).spawn().unwrap();
+    let mut word = [0; 64];
+    let length = manager.recv(&mut word).unwrap();
+    assert_eq!(&word[..length], b"READY=1\n");
+    drop(given);
+    let mut curl = Command::new("curl");
+    curl.args(["-sS", "--max-time", "20", "-d", "{}", "--unix-socket"]).arg(&socket);
+    assert!(run(curl.arg("http://localhost/VolumeDriver.Capabilities")).ok().contains("local"));
+    assert!(!state.join("own.sock").exists());
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    let length = manager.recv(&mut word).unwrap();
+    assert_eq!(&word[..length], b"STOPPING=1\n");
+    assert!(wait(&mut child, PATIENCE).unwrap().success());
+    assert!(socket.exists(), "it is the manager's");
+}

@@ -96,6 +96,27 @@ impl Driver {
         self.on_disk(|ledger| ledger.greet()).await
     }
 
+    /// Takes up what the daemon has, where this driver's own memory is new: perhaps it was lost, and Docker makes an empty volume of its own in the place of one that is not known here.
+    pub async fn take_up(self: &Arc<Self>) -> bool {
+        if !self.ledger.is_new() {
+            return true;
+        }
+        let deadline = Instant::now() + LOOK_LIMIT;
+        let volumes = match self.daemon(deadline).volumes().await {
+            Ok(volumes) => volumes,
+            Err(error) => {
+                tracing::warn!(%error, "can't take up the daemon's volumes yet");
+                return false;
+            }
+        };
+        let known = volumes.into_iter().map(|volume| (volume.name, volume.created.unwrap_or_default()));
+        let known: Vec<_> = known.collect();
+        if !known.is_empty() {
+            tracing::info!(volumes = known.len(), "taken up from the daemon");
+        }
+        matches!(self.on_disk(move |ledger| ledger.take_up(&known)).await, Ok(Ok(())))
+    }
+
     /// `docker volume create`. Asked again for what is there it changes nothing.
     pub async fn create(
         self: &Arc<Self>,
@@ -117,7 +138,7 @@ impl Driver {
                 found => found?,
             }
         } else {
-            self.daemon(deadline).create_volume(&options::wanted(name, options)?).await?
+            self.daemon(deadline).create_volume(&options::wanted(name, options)?).await?.volume
         };
         let (name, created_s) = (name.to_owned(), made.created.unwrap_or_default());
         Ok(self.on_disk(move |ledger| ledger.add(&name, created_s)).await??)
@@ -239,6 +260,7 @@ impl Driver {
         let mounts = self.mounts.clone();
         let Ok(here) = tokio::task::spawn_blocking(move || names_in(&mounts)).await else { return false };
         let mut all_well = self.on_disk(|ledger| ledger.catch_up()).await.unwrap_or(false);
+        all_well &= self.take_up().await;
         for name in here {
             let deadline = Instant::now() + TIDY_LIMIT;
             let done = match self.turn(&name, deadline).await {
@@ -363,6 +385,9 @@ fn described(volume: &api::Volume) -> BTreeMap<&'static str, serde_json::Value> 
     }
     if let Some(quota) = volume.quota {
         status.insert("quota", quota.into());
+    }
+    if let Some(cached) = volume.cached_bytes {
+        status.insert("cached_bytes", cached.into());
     }
     if let Some(open) = &volume.open {
         status.insert("dirty_bytes", open.dirty_bytes.into());

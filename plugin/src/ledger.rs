@@ -15,13 +15,15 @@ use serde::{Deserialize, Serialize};
 /// The file's layout.
 const VERSION: u32 = 1;
 const FILE: &str = "volumes.json";
+/// Who uses a volume that is mounted though nobody noted that: of no session, and so for ever doubtful.
+const UNKNOWN: &str = "unknown";
 
 /// Why the memory can't be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
     #[error("can't {action} {}: {source}", path.display())]
     Io { action: &'static str, path: PathBuf, source: io::Error },
-    #[error("{} is damaged: {source}", path.display())]
+    #[error("{} is damaged: {source}; move it away, and the daemon's volumes are taken up again", path.display())]
     Damaged { path: PathBuf, source: serde_json::Error },
     #[error("{} has version {version}; this driver knows {VERSION}", path.display())]
     Version { path: PathBuf, version: u32 },
@@ -35,6 +37,9 @@ struct Content {
     boot: String,
     /// Counts the Dockers that have greeted this driver, and its own starts.
     session: u64,
+    /// The daemon's volumes are still to be taken up: there was no file, and what it knew may have been lost.
+    #[serde(default)]
+    is_new: bool,
     volumes: BTreeMap<String, Entry>,
 }
 
@@ -98,8 +103,9 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// What is known in `dir`. Blocks on the disk, as every change does.
-    pub fn open(dir: &Path, boot: &str) -> Result<Ledger, LedgerError> {
+    /// What is known in `dir`; and volumes that have something `mounted`, should the file be lost: containers may use them. Blocks on the
+    /// disk, as every change does.
+    pub fn open(dir: &Path, boot: &str, mounted: &[String]) -> Result<Ledger, LedgerError> {
         let path = dir.join(FILE);
         let mut content = match std::fs::read(&path) {
             Ok(bytes) => {
@@ -111,13 +117,25 @@ impl Ledger {
                 serde_json::from_slice(&bytes).map_err(damaged)?
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Content { version: VERSION, boot: boot.to_owned(), session: 0, volumes: BTreeMap::new() }
+                let volumes = BTreeMap::new();
+                Content { version: VERSION, boot: boot.to_owned(), session: 0, is_new: true, volumes }
             }
             Err(source) => return Err(LedgerError::Io { action: "read", path, source }),
         };
         if content.boot != boot {
             content.boot = boot.to_owned();
             content.volumes.values_mut().for_each(|entry| entry.users.clear());
+        }
+        for name in mounted {
+            if content.volumes.contains_key(name) {
+                continue;
+            }
+            tracing::warn!(
+                volume = name,
+                "is mounted and was not known: whether somebody uses it, the kernel says when it is removed"
+            );
+            let users = vec![User { id: UNKNOWN.to_owned(), session: 0, count: 1 }];
+            content.volumes.insert(name.clone(), Entry { created_s: 0, users });
         }
         let ledger = Ledger {
             path,
@@ -166,6 +184,22 @@ impl Ledger {
         self.change(|content| {
             let entry = Entry { created_s, ..Entry::default() };
             content.volumes.entry(name.to_owned()).or_insert(entry);
+        })
+    }
+
+    /// Whether the daemon's volumes are still to be taken up.
+    pub fn is_new(&self) -> bool {
+        self.now().is_new
+    }
+
+    /// Takes up the daemon's volumes, by name and the time they were made.
+    pub fn take_up(&self, volumes: &[(String, u64)]) -> Result<(), LedgerError> {
+        self.change(|content| {
+            for (name, created_s) in volumes {
+                let entry = content.volumes.entry(name.clone()).or_default();
+                entry.created_s = *created_s;
+            }
+            content.is_new = false;
         })
     }
 
@@ -221,6 +255,7 @@ impl Ledger {
         change(&mut content);
         if content.volumes == now.volumes
             && content.session == now.session
+            && content.is_new == now.is_new
             && !self.is_behind.load(Ordering::Acquire)
         {
             return Ok(());
@@ -261,7 +296,7 @@ mod tests {
     use super::*;
 
     fn open(dir: &tempfile::TempDir, boot: &str) -> Ledger {
-        Ledger::open(dir.path(), boot).unwrap()
+        Ledger::open(dir.path(), boot, &[]).unwrap()
     }
 
     #[test]
@@ -323,6 +358,31 @@ mod tests {
     }
 
     #[test]
+    fn what_is_mounted_and_not_known_is_taken_up_and_doubtful() {
+        let dir = tempfile::tempdir().unwrap();
+        open(&dir, "boot-1").add("known", 5).unwrap();
+        let mounted = ["known", "lost"].map(str::to_owned);
+        let ledger = Ledger::open(dir.path(), "boot-1", &mounted).unwrap();
+        assert!(!ledger.is_used("known"), "that nobody uses it is known");
+        assert!(ledger.is_used("lost") && !ledger.is_used_in_this_session("lost"));
+        drop(ledger);
+        assert!(open(&dir, "boot-1").is_used("lost"));
+    }
+
+    #[test]
+    fn a_new_one_takes_up_the_daemon_s_volumes_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let mounted = ["used".to_owned()];
+        let ledger = Ledger::open(dir.path(), "boot-1", &mounted).unwrap();
+        assert!(ledger.is_new() && open(&dir, "boot-1").is_new());
+        ledger.take_up(&[("used".to_owned(), 7), ("idle".to_owned(), 8)]).unwrap();
+        drop(ledger);
+        let ledger = open(&dir, "boot-1");
+        assert!(!ledger.is_new() && ledger.is_used("used") && !ledger.is_used("idle"));
+        assert_eq!(["used", "idle"].map(|name| ledger.get(name).unwrap().created_s), [7, 8]);
+    }
+
+    #[test]
     fn an_end_of_use_that_can_t_be_written_is_known_and_written_later() {
         let dir = tempfile::tempdir().unwrap();
         let ledger = open(&dir, "boot-1");
@@ -350,7 +410,7 @@ mod tests {
             [("{", "is damaged"), (r#"{"version":2,"hosts":[]}"#, "has version 2; this driver knows 1")]
         {
             std::fs::write(&file, bytes).unwrap();
-            let told = Ledger::open(dir.path(), "b").err().unwrap().to_string();
+            let told = Ledger::open(dir.path(), "b", &[]).err().unwrap().to_string();
             assert!(told.contains(words), "{told}");
             assert_eq!(std::fs::read_to_string(&file).unwrap(), bytes);
         }

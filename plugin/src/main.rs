@@ -1,6 +1,6 @@
 //! `horcrux-dv`: Docker's volume driver `horcrux-nbd`.
 //!
-//! Enters: Docker's requests on a Unix socket. Leaves: requests to the daemon (`horcrux-nbd serve`), and where its volumes are mounted. No data passes through it, and
+//! Enters: Docker's requests on a Unix socket, or over TLS. Leaves: requests to the daemon (`horcrux-nbd serve`), and where its volumes are mounted. No data passes through it, and
 //! volumes go on without it. Exit code 0 after a clean stop, 1 when something failed, 2 for a wrong command line.
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
@@ -11,15 +11,21 @@ mod routes;
 mod words;
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser;
-use horcrux::control::{self, socket_of};
+use clap::{CommandFactory, Parser};
+use horcrux::control::{self, Listener, TlsError, TlsFiles, socket_of};
+use horcrux::kernel::{KernelError, mount};
 use horcrux::lock::{FileLock, LockError};
-use horcrux::volume::default_state_dir;
+use horcrux::volume::{VolumeName, default_state_dir};
+use listenfd::ListenFd;
+use sd_notify::NotifyState;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -33,9 +39,31 @@ struct Args {
     /// Where the daemon keeps volumes and cache [default: /var/lib/horcrux for root, else $XDG_STATE_HOME/horcrux]
     #[arg(long, value_name = "DIR", env = "HORCRUX_STATE_DIR")]
     state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    place: Place,
+    /// Write the man page and shell completions to a directory, for packages
+    #[arg(long, value_name = "DIR", hide = true)]
+    manual: Option<PathBuf>,
+}
+
+/// Where Docker's requests come from.
+#[derive(clap::Args)]
+struct Place {
     /// Where Docker looks for the driver: the file's name is the driver's
     #[arg(long, value_name = "SOCK", default_value = "/run/docker/plugins/horcrux-nbd.sock")]
     socket: PathBuf,
+    /// Listen there instead, with TLS, for a Docker that has a certificate (Docker's /etc/docker/plugins/horcrux-nbd.json says where)
+    #[arg(long, value_name = "ADDR:PORT", requires_all = ["tls_cert", "tls_key", "tls_client_ca"])]
+    listen: Option<SocketAddr>,
+    /// The driver's certificate, PEM
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    tls_cert: Option<PathBuf>,
+    /// Its private key, PEM
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    tls_key: Option<PathBuf>,
+    /// The authority that Docker's certificate must be of, PEM
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    tls_client_ca: Option<PathBuf>,
 }
 
 /// Why the driver can't run.
@@ -47,10 +75,16 @@ enum Error {
     InUse { dir: PathBuf, source: LockError },
     #[error("can't listen on {}: {source}", path.display())]
     Listen { path: PathBuf, source: io::Error },
+    #[error("can't listen on {address}: {source}")]
+    ListenTcp { address: SocketAddr, source: io::Error },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("can't {action}{}: {source}", path.as_deref().map(|path| format!(" {}", path.display())).unwrap_or_default())]
     System { action: &'static str, path: Option<PathBuf>, source: io::Error },
     #[error(transparent)]
     Ledger(#[from] LedgerError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
 }
 
 fn main() -> ExitCode {
@@ -58,7 +92,15 @@ fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     logs.with_ansi(false).with_target(false).init();
-    match run(args) {
+    let done = match &args.manual {
+        Some(dir) => horcrux::manual::write(Args::command(), dir).map_err(|source| Error::System {
+            action: "write the manual to",
+            path: Some(dir.clone()),
+            source,
+        }),
+        None => run(args),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
@@ -72,6 +114,12 @@ fn run(args: Args) -> Result<(), Error> {
     let state_dir = std::path::absolute(&state_dir).map_err(|source| Error::System {
         action: "find",
         path: Some(state_dir),
+        source,
+    })?;
+    // Before there is any other thread: it takes what it found out of the environment.
+    let given = ListenFd::from_env().take_unix_listener(0).map_err(|source| Error::System {
+        action: "use the service manager's socket",
+        path: None,
         source,
     })?;
     let runtime = tokio::runtime::Runtime::new().map_err(|source| Error::System {
@@ -100,39 +148,80 @@ fn run(args: Args) -> Result<(), Error> {
         path: Some(boot.to_owned()),
         source,
     })?;
-    let ledger = Ledger::open(&dir, boot.trim())?;
     // As the kernel names what is mounted there.
     let mounts = mounts.canonicalize().map_err(|source| Error::System {
         action: "find",
         path: Some(mounts.clone()),
         source,
     })?;
-    runtime.block_on(serve(Driver::new(socket_of(&state_dir), mounts, ledger), &args.socket))
+    let mounted = mount::mounted_below(&mounts)?;
+    let names = mounted.iter().filter_map(|dir| dir.file_name()?.to_str());
+    let names: Vec<String> =
+        names.filter(|name| name.parse::<VolumeName>().is_ok()).map(str::to_owned).collect();
+    let ledger = Ledger::open(&dir, boot.trim(), &names)?;
+    let driver = Driver::new(socket_of(&state_dir), mounts, ledger);
+    runtime.block_on(serve(driver, &args.place, given))
 }
 
-async fn serve(driver: Driver, socket: &Path) -> Result<(), Error> {
-    let failed = |source| Error::Listen { path: socket.to_owned(), source };
-    if let Some(dir) = socket.parent() {
-        std::fs::create_dir_all(dir).map_err(failed)?;
+impl Place {
+    /// Where Docker's requests come from, and the socket's inode, where it is ours to take away.
+    async fn bind(&self, given: Option<StdUnixListener>) -> Result<(Listener, Option<u64>), Error> {
+        if let (Some(address), Some(certificate), Some(key), Some(client_ca)) =
+            (self.listen, &self.tls_cert, &self.tls_key, &self.tls_client_ca)
+        {
+            let files =
+                TlsFiles { certificate: certificate.clone(), key: key.clone(), client_ca: client_ca.clone() };
+            let failed = |source| Error::ListenTcp { address, source };
+            let listener = TcpListener::bind(address).await.map_err(failed)?;
+            let address = listener.local_addr().map_err(failed)?;
+            let listener = Listener::tls(listener, &files)?;
+            tracing::info!(%address, "ready");
+            return Ok((listener, None));
+        }
+        let failed = |source| Error::Listen { path: self.socket.clone(), source };
+        // The service manager's, which keeps it while this driver is not there.
+        if let Some(listener) = given {
+            listener.set_nonblocking(true).map_err(failed)?;
+            tracing::info!("ready, on the service manager's socket");
+            return Ok((Listener::Unix(UnixListener::from_std(listener).map_err(failed)?), None));
+        }
+        if let Some(dir) = self.socket.parent() {
+            std::fs::create_dir_all(dir).map_err(failed)?;
+        }
+        // One where another driver answers is left to it.
+        let listener = control::bind(&self.socket).map_err(failed)?;
+        let ours = std::fs::metadata(&self.socket).map_err(failed)?.ino();
+        tracing::info!(socket = %self.socket.display(), "ready");
+        Ok((listener, Some(ours)))
     }
+}
+
+async fn serve(driver: Driver, place: &Place, given: Option<StdUnixListener>) -> Result<(), Error> {
     let stop = stop_on_signals().map_err(|source| Error::System {
         action: "listen for signals",
         path: None,
         source,
     })?;
-    // One where another driver answers is left to it.
-    let listener = control::bind(socket).map_err(failed)?;
-    let ours = std::fs::metadata(socket).map_err(failed)?.ino();
-    tracing::info!(socket = %socket.display(), "ready");
+    let (listener, ours) = place.bind(given).await?;
     let driver = Arc::new(driver);
+    // Before the first question, if the daemon is there.
+    driver.take_up().await;
+    tell_manager(NotifyState::Ready);
     let tidying = tokio::spawn(driver.clone().tidy(stop.clone()));
     control::serve(listener, routes::router(driver), stop).await;
     // Another driver may have put its own there.
-    if std::fs::metadata(socket).is_ok_and(|found| found.ino() == ours) {
-        let _ = std::fs::remove_file(socket);
+    if ours.is_some_and(|ours| std::fs::metadata(&place.socket).is_ok_and(|found| found.ino() == ours)) {
+        let _ = std::fs::remove_file(&place.socket);
     }
     tidying.abort();
     Ok(())
+}
+
+/// Where there is a service manager that waits to be told.
+fn tell_manager(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::debug!(%error, "the service manager was not told");
+    }
 }
 
 /// Nobody but its owner lists what is there.
@@ -148,6 +237,7 @@ fn stop_on_signals() -> io::Result<CancellationToken> {
     let token = stop.clone();
     tokio::spawn(async move {
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        tell_manager(NotifyState::Stopping);
         tracing::info!("stopping; volumes stay as they are");
         token.cancel();
     });

@@ -1,5 +1,6 @@
 //! Docker's addresses.
 //!
+//! Every request is read to its end, because a client that is still sending when it is answered and left may take that for a failure.
 //! Invariant: what changes something runs in a task of its own, so that a Docker that goes away in the middle leaves no half of it. What was
 //! understood is answered by JSON with an `Err`, which Docker shows as it is.
 
@@ -45,7 +46,7 @@ pub fn router(driver: Arc<Driver>) -> Router {
         .with_state(driver)
 }
 
-async fn activate(State(driver): Shared) -> Answered {
+async fn activate(State(driver): Shared, _: Bytes) -> Answered {
     let greeted = async move {
         driver.activate().await?;
         Ok(Answer { implements: Some(["VolumeDriver"]), ..Answer::default() })
@@ -53,7 +54,7 @@ async fn activate(State(driver): Shared) -> Answered {
     finish(greeted).await
 }
 
-async fn capabilities() -> Answered {
+async fn capabilities(_: Bytes) -> Answered {
     let capabilities = Some(Capabilities { scope: "local" });
     answered(StatusCode::OK, &Answer { capabilities, ..Answer::default() })
 }
@@ -112,7 +113,7 @@ async fn get(State(driver): Shared, body: Bytes) -> Answered {
     .await
 }
 
-async fn list(State(driver): Shared) -> Answered {
+async fn list(State(driver): Shared, _: Bytes) -> Answered {
     finish(async move { Ok(Answer { volumes: Some(driver.list()), ..Answer::default() }) }).await
 }
 

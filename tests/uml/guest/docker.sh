@@ -1,64 +1,7 @@
 # The story of the README with a real dockerd: volumes made, used by containers, copied in and out of, under every restart there is, and taken away.
 #
 # In: HORCRUX_CLI, HORCRUX_NBD, HORCRUX_DV, REPO with the images `image` (ext4) and `other` (XFS), MANIFEST of both; ROUNDS of kills and LOOPS of run and remove.
-export HORCRUX_STATE_DIR=$STATE DOCKER_HOST=unix:///run/docker.sock
-# docker run takes some ten seconds here.
-WAIT_S=120
-cli() { "$HORCRUX_CLI" "$@"; }
-# Debian's, whatever else the host calls by this name.
-docker() { /usr/bin/docker "$@"; }
-
-start_daemon() {
-    "$HORCRUX_NBD" serve >>"$UML_OUT/server.log" 2>&1 &
-    server_pid=$!
-    wait_until "the daemon's answer" cli status
-}
-# driver CALL BODY: as Docker would, on the driver's own socket.
-driver() {
-    curl -sS --max-time 60 --unix-socket /run/docker/plugins/horcrux-nbd.sock "http://localhost/VolumeDriver.$1" --data-binary "$2"
-}
-start_driver() {
-    "$HORCRUX_DV" >>"$UML_OUT/driver.log" 2>&1 &
-    driver_pid=$!
-    wait_until "the driver's answer" driver Capabilities '{}'
-}
-start_dockerd() {
-    dockerd --data-root /mnt/dk --exec-root /run/dkx -H "$DOCKER_HOST" --pidfile /run/dockerd.pid -s vfs --bridge none --iptables=false \
-        >>"$UML_OUT/dockerd.log" 2>&1 &
-    dockerd_pid=$!
-    wait_until "dockerd's answer" docker version
-}
-# end_it PID SIGNAL: and waits for its end.
-end_it() {
-    kill "-$2" "$1"
-    wait "$1" 2>/dev/null || true
-}
-refused() {
-    local words=$1 said
-    shift
-    if said=$("$@" 2>&1); then fail "not refused: $* ($said)"; fi
-    case $said in *"$words"*) ;; *) fail "'$*' said '$said', not '$words'" ;; esac
-}
-connected() { ls -d /sys/block/nbd*/pid 2>/dev/null | wc -l; }
-nothing_connected() { [ "$(connected)" = 0 ]; }
-mounted() { grep -c "$STATE/mounts" /proc/self/mountinfo || true; }
-nothing_mounted() { [ "$(mounted)" = 0 ]; }
-no_errors() {
-    if dmesg | grep -E "I/O error|Buffer I/O|EXT4-fs error|XFS.*(error|shutdown)|Remounting"; then fail "$1: the kernel saw errors"; fi
-}
-trap 'tail -n 30 "$UML_OUT"/d*.log' EXIT
-
-# An image of one program.
-mkdir -p /mnt/root/bin
-cp "$(type -P busybox)" /mnt/root/bin/
-for name in sh cat echo sleep sync ls test mv rm; do ln -s busybox "/mnt/root/bin/$name"; done
-
-start_daemon
-start_driver
-start_dockerd
-tar -C /mnt/root -c . | docker import - tools >/dev/null
-run() { docker run --rm --network none "$@"; }
-say "docker $(docker version --format '{{.Server.Version}}') is up"
+. "${UML_LIB%/*}/docker-lib.sh"
 
 [ "$(docker volume create -d horcrux-nbd -o name=image -o access="$REPO" v1)" = v1 ] || fail "it has another name"
 docker volume create -d horcrux-nbd -o --name=other -o --access="$REPO" x1 >/dev/null
@@ -153,6 +96,19 @@ start_driver
 docker volume rm v2 >/dev/null
 nothing_mounted || fail "it is mounted still"
 nothing_connected || fail "it is a device still"
+# The driver's memory is lost: what is mounted stays, and goes when nobody has it.
+docker volume create -d horcrux-nbd -o name=image -o access="$REPO" v2 >/dev/null
+driver Mount "$v2" | grep -q '"Err":""'
+end_it "$driver_pid" KILL
+rm "$STATE/driver/volumes.json"
+start_driver
+docker volume inspect v2 x1 >/dev/null || fail "the driver has forgotten its volumes"
+[ "$(mounted)" = 2 ] || fail "there are $(mounted) mounts, not a guard and a volume"
+exec 9<"$STATE/mounts/v2/data"
+refused "someone has a file open" docker volume rm v2
+exec 9<&-
+docker volume rm v2 >/dev/null
+nothing_mounted || fail "it is mounted still"
 say "mounted and unmounted as Docker would not"
 
 for loop in $(seq "$LOOPS"); do

@@ -1,0 +1,71 @@
+# Words for the guest scripts that run Docker: the daemon, the driver and dockerd started and ended, and what they leave looked for. Sourced after lib.sh.
+#
+# In: HORCRUX_CLI, HORCRUX_NBD, HORCRUX_DV; with RECORD, Docker's calls to the driver are written there (`transcript.py`), REPO's place left open.
+export HORCRUX_STATE_DIR=$STATE DOCKER_HOST=unix:///run/docker.sock
+# docker run takes some ten seconds here.
+WAIT_S=120
+cli() { "$HORCRUX_CLI" "$@"; }
+# Debian's, whatever else the host calls by this name.
+docker() { /usr/bin/docker "$@"; }
+
+start_daemon() {
+    "$HORCRUX_NBD" serve >>"$UML_OUT/server.log" 2>&1 &
+    server_pid=$!
+    wait_until "the daemon's answer" cli status
+}
+# driver CALL BODY: as Docker would, on the driver's own socket.
+driver() {
+    curl -sS --max-time 60 --unix-socket /run/docker/plugins/horcrux-nbd.sock "http://localhost/VolumeDriver.$1" --data-binary "$2"
+}
+start_driver() {
+    if [ -n "${RECORD:-}" ]; then
+        "$HORCRUX_DV" --socket /run/dv.sock >>"$UML_OUT/driver.log" 2>&1 &
+        driver_pid=$!
+        wait_until "the driver" test -S /run/dv.sock
+        mkdir -p /run/docker/plugins
+        [ -S /run/docker/plugins/horcrux-nbd.sock ] ||
+            /usr/bin/python3 "${UML_LIB%/*}/transcript.py" record /run/docker/plugins/horcrux-nbd.sock /run/dv.sock "$RECORD" "REPO=$REPO" "STATE=$STATE" &
+        wait_until "the driver's answer" driver Capabilities '{}'
+        return
+    fi
+    "$HORCRUX_DV" >>"$UML_OUT/driver.log" 2>&1 &
+    driver_pid=$!
+    wait_until "the driver's answer" driver Capabilities '{}'
+}
+start_dockerd() {
+    dockerd --data-root /mnt/dk --exec-root /run/dkx -H "$DOCKER_HOST" --pidfile /run/dockerd.pid -s vfs --bridge none --iptables=false \
+        >>"$UML_OUT/dockerd.log" 2>&1 &
+    dockerd_pid=$!
+    wait_until "dockerd's answer" docker version
+}
+# end_it PID SIGNAL: and waits for its end.
+end_it() {
+    kill "-$2" "$1"
+    wait "$1" 2>/dev/null || true
+}
+refused() {
+    local words=$1 said
+    shift
+    if said=$("$@" 2>&1); then fail "not refused: $* ($said)"; fi
+    case $said in *"$words"*) ;; *) fail "'$*' said '$said', not '$words'" ;; esac
+}
+connected() { ls -d /sys/block/nbd*/pid 2>/dev/null | wc -l; }
+nothing_connected() { [ "$(connected)" = 0 ]; }
+mounted() { grep -c "$STATE/mounts" /proc/self/mountinfo || true; }
+nothing_mounted() { [ "$(mounted)" = 0 ]; }
+no_errors() {
+    if dmesg | grep -E "I/O error|Buffer I/O|EXT4-fs error|XFS.*(error|shutdown)|Remounting"; then fail "$1: the kernel saw errors"; fi
+}
+trap 'tail -n 30 "$UML_OUT"/d*.log' EXIT
+
+# An image of one program.
+mkdir -p /mnt/root/bin
+cp "$(type -P busybox)" /mnt/root/bin/
+for name in sh cat echo sleep sync ls test mv rm; do ln -s busybox "/mnt/root/bin/$name"; done
+
+start_daemon
+start_driver
+start_dockerd
+tar -C /mnt/root -c . | docker import - tools >/dev/null
+run() { docker run --rm --network none "$@"; }
+say "docker $(docker version --format '{{.Server.Version}}') is up"
