@@ -1,7 +1,7 @@
 //! The repositories a host reads from: one connection to each, however many volumes come from there.
 //!
 //! Enters: the URLs of a volume. Leaves: a repository over a store that all volumes of the same URLs share, so that its sessions, its limits and what is known of its
-//! health are one. Invariant: what nobody uses any more is let go.
+//! health are one. Invariant: what nobody uses any more is let go, after a while: a volume is seldom made to be left alone, and a new session takes long over a long line.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -16,6 +16,9 @@ use crate::units::ByteLen;
 
 /// What a start reads at once as soon as it knows what to read.
 const FIRST_READS: usize = 32;
+
+/// How long a store is kept for a volume that was made from it.
+const KEPT: Duration = Duration::from_secs(60);
 
 /// The stores that are open, by the URLs they were opened by.
 pub struct Repositories {
@@ -32,7 +35,19 @@ impl Repositories {
 
     /// The repository of these places; asks it who it is.
     pub async fn open(&self, access: &[String]) -> Result<Repository, HostError> {
-        Ok(Repository::open(store::url::open_all(access, self.options)?).await?)
+        // Not one that is in use: that waits long for a repository that is away, and here somebody waits to be told so.
+        let store = Arc::new(CountingStore::new(store::url::open_all(access, self.options)?));
+        let repository = Repository::open(store.clone()).await?;
+        let mut open = self.open.lock();
+        if open.get(access).is_none_or(|store| store.strong_count() == 0) {
+            store.expect_reads(FIRST_READS);
+            open.insert(access.to_vec(), Arc::downgrade(&store));
+            tokio::spawn(async move {
+                tokio::time::sleep(KEPT).await;
+                drop(store);
+            });
+        }
+        Ok(repository)
     }
 
     /// The repository a volume on this host was made from, whether it can be reached now or not.

@@ -182,6 +182,14 @@ pub fn fetched(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin").join(name)
 }
 
+/// Where the newest PostgreSQL server installed keeps its programs.
+pub fn newest_postgres() -> PathBuf {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let newest = versions.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).max();
+    let newest = newest.expect("pgbench is installed with a server: `make packages`");
+    format!("/usr/lib/postgresql/{newest}/bin").into()
+}
+
 /// Whether the long form of a test is asked for.
 pub fn soak() -> bool {
     std::env::var_os("HORCRUX_SOAK").is_some()

@@ -115,6 +115,10 @@ pub enum Error {
     NotText(OsString),
     #[error("which volume? 'mount VOLUME DIR', or 'mount --access REPO --name NAME DIR'")]
     NoVolume,
+    #[error("which? 'umount VOLUME DIR', or 'umount DIR'")]
+    TwoDirectories,
+    #[error("no volume is mounted on {dir}")]
+    NothingMounted { dir: String },
     #[error("can't start: {0}")]
     Runtime(std::io::Error),
     #[error("can't print: {0}")]
@@ -354,17 +358,32 @@ pub struct MountCommand {
 pub struct UmountCommand {
     #[command(flatten)]
     place: Place,
-    /// The volume
-    #[arg(required_unless_present = "all")]
-    volume: Option<VolumeName>,
+    /// The volume, or a directory one is mounted on
+    #[arg(value_name = "VOLUME|DIR", required_unless_present = "all")]
+    what: Option<Mounted>,
     /// The directory [default: everywhere it is mounted]
     dir: Option<PathBuf>,
     /// Every volume, wherever it is mounted: before the host goes down
-    #[arg(long, conflicts_with_all = ["volume", "dir", "rm"])]
+    #[arg(long, conflicts_with_all = ["what", "dir", "rm"])]
     all: bool,
     /// Then take the volume away, with what was written to it
     #[arg(long)]
     rm: bool,
+}
+
+/// What is to be unmounted.
+#[derive(Clone)]
+enum Mounted {
+    Volume(VolumeName),
+    On(PathBuf),
+}
+
+impl std::str::FromStr for Mounted {
+    type Err = VolumeError;
+
+    fn from_str(text: &str) -> Result<Mounted, VolumeError> {
+        if text.contains('/') { Ok(Mounted::On(text.into())) } else { text.parse().map(Mounted::Volume) }
+    }
 }
 
 /// The daemon has another current directory.
@@ -406,14 +425,33 @@ impl UmountCommand {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
         let (client, runtime) = daemon(&self.place)?;
-        let wanted = Unmount { directory: self.dir.as_deref().map(absolute).transpose()? };
-        let Some(volume) = &self.volume else { return runtime.block_on(unmount_all(&client)) };
-        runtime.block_on(client.unmount(volume.as_str(), &wanted))?;
+        runtime.block_on(self.unmount(&client))
+    }
+
+    async fn unmount(&self, client: &Client) -> Result<(), Error> {
+        let (volume, dir) = match (&self.what, &self.dir) {
+            (None, _) => return unmount_all(client).await,
+            (Some(Mounted::Volume(volume)), dir) => {
+                (volume.to_string(), dir.as_deref().map(absolute).transpose()?)
+            }
+            (Some(Mounted::On(dir)), None) => (mounted_on(client, dir).await?, Some(absolute(dir)?)),
+            (Some(Mounted::On(_)), Some(_)) => return Err(Error::TwoDirectories),
+        };
+        client.unmount(&volume, &Unmount { directory: dir }).await?;
         if self.rm {
-            runtime.block_on(client.remove_volume(volume.as_str()))?;
+            client.remove_volume(&volume).await?;
         }
         Ok(say!("{volume}"))
     }
+}
+
+/// The volume that is mounted on a directory.
+async fn mounted_on(client: &Client, dir: &Path) -> Result<String, Error> {
+    let dir = absolute(dir)?;
+    // As paths: with and without a slash at the end they are the same.
+    let is_there = |at: &String| Path::new(at) == Path::new(&dir);
+    let there = client.volumes().await?.into_iter().find(|volume| volume.mounts.iter().any(is_there));
+    there.map(|volume| volume.name).ok_or(Error::NothingMounted { dir })
 }
 
 /// Goes on past those that fail.

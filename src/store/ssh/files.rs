@@ -162,7 +162,7 @@ impl At<'_> {
         let sftp = &mut self.link.sftp;
         let stat =
             sftp.ask_fstat(handle).map_err(|error| failed(&self.inner.name, "read", key.as_str(), error))?;
-        let first = sftp.read(handle, 0, READ_AHEAD_OF_LEN);
+        let first = sftp.read_at_once(handle, 0, READ_AHEAD_OF_LEN);
         let attrs = match first {
             Err(ref error) if !error.is_answer() => {
                 return first.map(Bytes::from).map_err(|e| self.fail("read", key, e));
@@ -178,7 +178,7 @@ impl At<'_> {
             let (store, key) = (self.inner.name.clone(), key.clone());
             return Err(StoreError::TooLong { store, key, len, max: MAX_WHOLE_OBJECT }.into());
         }
-        if body.len() == READ_AHEAD_OF_LEN && len > body.len() as u64 {
+        if len > body.len() as u64 {
             let rest = self.link.sftp.read(handle, body.len() as u64, len as usize - body.len());
             body.extend_from_slice(&rest.map_err(|error| self.fail("read", key, error))?);
         }

@@ -36,7 +36,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
-use self::pool::{Again, Idle};
+use self::pool::{Again, Pool};
 use super::claim::CLAIM_EXPIRY;
 use super::dir::etag_of;
 use super::{Etag, Key, KeyPrefix, Listed, Page, Store, StoreError, Upload};
@@ -59,7 +59,7 @@ struct Inner {
     local: Local,
     name: String,
     /// Sessions that wait. Guards nothing else.
-    idle: Mutex<Vec<Idle>>,
+    pool: Pool,
     slots: Arc<Semaphore>,
     uploads: Arc<Semaphore>,
     /// Directories whose names are durable. Guards nothing else.
@@ -87,7 +87,7 @@ impl SshStore {
             name: place.to_string(),
             place,
             local,
-            idle: Mutex::default(),
+            pool: Pool::default(),
             slots: Arc::new(Semaphore::new(MAX_SESSIONS)),
             uploads: Arc::new(Semaphore::new(MAX_UPLOADS)),
             known_dirs: Mutex::default(),

@@ -1,11 +1,14 @@
 //! Sessions, kept for the next request.
 //!
-//! Enters: work for one session. Leaves: its result. Invariant: a session is used by one piece of work at a time; at most [`MAX_SESSIONS`] serve requests and
-//! [`MAX_UPLOADS`] uploads; one that failed is never used again.
+//! Enters: work for one session. Leaves: its result. Invariants: a session is used by one piece of work at a time; about [`MAX_SESSIONS`] serve requests and
+//! [`MAX_UPLOADS`] uploads; one that failed is never used again. A new one takes ten round trips, so who finds none idle waits for whichever comes first: a new one, or one
+//! that another gives back.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::task::JoinHandle;
 
 use super::super::StoreError;
@@ -21,10 +24,105 @@ pub const MAX_UPLOADS: usize = 8;
 /// A session unused for so long is not used again: a firewall on the way may have forgotten it, and would let us wait.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 
+/// How long who waits for a session goes without looking whether one is still on its way.
+const LOOK: Duration = Duration::from_secs(1);
+
 /// A session that waits for work.
-pub(super) struct Idle {
+struct Idle {
     link: Link,
     since: Instant,
+}
+
+/// Sessions without work, and work without sessions.
+#[derive(Default)]
+pub(super) struct Pool {
+    now: Mutex<Now>,
+    /// A session became idle, or could not be made.
+    came: Condvar,
+}
+
+#[derive(Default)]
+struct Now {
+    idle: Vec<Idle>,
+    /// Pieces of work that wait for a session.
+    waiting: usize,
+    /// Sessions being made, for whoever waits then.
+    coming: usize,
+    /// Why some were not made, for one who waits each.
+    failed: Vec<StoreError>,
+}
+
+impl Pool {
+    /// An idle session that nobody waits for.
+    fn take(&self) -> Option<Idle> {
+        let mut now = self.now.lock();
+        now.idle.retain(|idle| idle.since.elapsed() < IDLE_MAX);
+        if now.idle.len() > now.waiting { now.idle.pop() } else { None }
+    }
+
+    fn put(&self, link: Link) {
+        let mut now = self.now.lock();
+        if now.idle.len() < MAX_SESSIONS {
+            now.idle.push(Idle { link, since: Instant::now() });
+        }
+        self.came.notify_one();
+    }
+
+    /// None of those that waited is used again.
+    fn clear(&self) {
+        self.now.lock().idle.clear();
+    }
+}
+
+/// Whichever comes first: a session that is given back, or a new one. Blocks.
+fn soonest(inner: &Arc<Inner>) -> Result<Idle, StoreError> {
+    let mut now = inner.pool.now.lock();
+    now.waiting += 1;
+    let got = loop {
+        if let Some(idle) = now.idle.pop() {
+            break Ok(idle);
+        }
+        if let Some(error) = now.failed.pop() {
+            break Err(error);
+        }
+        if now.coming < now.waiting && begin(inner, &mut now).is_err() {
+            break Err(not_made(inner));
+        }
+        inner.pool.came.wait_for(&mut now, LOOK);
+    };
+    now.waiting -= 1;
+    got
+}
+
+fn not_made(inner: &Inner) -> StoreError {
+    StoreError::Cancelled { store: inner.name.clone(), operation: "connect" }
+}
+
+/// Begins to make a session, on a thread of its own: who wants it may be served by another before, and this one be for the next.
+fn begin(inner: &Arc<Inner>, now: &mut MutexGuard<'_, Now>) -> std::io::Result<()> {
+    let maker = inner.clone();
+    let making = move || {
+        // A panic was logged; it must not leave anyone waiting.
+        let made = catch_unwind(AssertUnwindSafe(|| connect(&maker.name, &maker.place, &maker.local)));
+        let made = made.unwrap_or_else(|_| Err(not_made(&maker)));
+        let pool = &maker.pool;
+        {
+            let mut now = pool.now.lock();
+            now.coming -= 1;
+            match made {
+                Ok(link) => now.idle.push(Idle { link, since: Instant::now() }),
+                // Nobody needs to know who need not wait for it.
+                Err(error) if now.waiting > now.coming + now.idle.len() + now.failed.len() => {
+                    now.failed.push(error)
+                }
+                Err(_) => {}
+            }
+        }
+        pool.came.notify_one();
+    };
+    std::thread::Builder::new().name("ssh-connect".to_owned()).spawn(making)?;
+    now.coming += 1;
+    Ok(())
 }
 
 /// Whether work may be done a second time, when the session it was begun on turns out to be dead.
@@ -40,17 +138,14 @@ pub(super) enum Again {
 pub(super) struct Leased {
     inner: Arc<Inner>,
     link: Link,
-    /// It served before, so it may have died since.
+    /// It was idle, so it may have died since.
     reused: bool,
 }
 
 impl Leased {
     /// A session that waits, or one to be made by [`Probing::probed`].
     pub fn of(inner: &Arc<Inner>) -> Probing {
-        let mut idle = inner.idle.lock();
-        idle.retain(|idle| idle.since.elapsed() < IDLE_MAX);
-        let link = idle.pop().map(|idle| idle.link);
-        Probing { inner: inner.clone(), link }
+        Probing { inner: inner.clone(), idle: inner.pool.take() }
     }
 
     pub fn link(&mut self) -> &mut Link {
@@ -60,10 +155,7 @@ impl Leased {
     /// Puts it back, if it can be used again.
     pub fn give_back(mut self) {
         if self.link.sftp.push_out().is_ok() {
-            let mut idle = self.inner.idle.lock();
-            if idle.len() < MAX_SESSIONS {
-                idle.push(Idle { link: self.link, since: Instant::now() });
-            }
+            self.inner.pool.put(self.link);
         }
     }
 
@@ -79,18 +171,18 @@ impl Leased {
 /// A session that waited, or none.
 pub(super) struct Probing {
     inner: Arc<Inner>,
-    link: Option<Link>,
+    idle: Option<Idle>,
 }
 
 impl Probing {
     /// A session that answers now.
     pub fn probed(mut self) -> Result<Leased, StoreError> {
-        while let Some(mut link) = self.link.take() {
+        while let Some(Idle { mut link, .. }) = self.idle.take() {
             link.sftp.allow(0);
             match link.sftp.stat(b".") {
                 Err(error) if !error.is_answer() => {
                     // The others are no younger.
-                    self.inner.idle.lock().clear();
+                    self.inner.pool.clear();
                 }
                 _ => return Ok(Leased { inner: self.inner, link, reused: false }),
             }
@@ -104,11 +196,13 @@ impl Probing {
         Ok(Leased { inner: self.inner, link, reused: false })
     }
 
-    fn any(mut self) -> Result<Leased, StoreError> {
-        match self.link.take() {
-            Some(link) => Ok(Leased { inner: self.inner, link, reused: true }),
-            None => self.fresh(),
-        }
+    fn any(self) -> Result<Leased, StoreError> {
+        let began = Instant::now();
+        let Idle { link, since } = match self.idle {
+            Some(idle) => idle,
+            None => soonest(&self.inner)?,
+        };
+        Ok(Leased { inner: self.inner, link, reused: since < began })
     }
 }
 
@@ -143,7 +237,7 @@ fn blocking<T>(inner: &Arc<Inner>, again: Again, mut work: impl FnMut(&mut At<'_
     {
         tracing::debug!(error = %failed.error, "a session that waited is dead; trying on a new one");
         // The others have waited as long.
-        inner.idle.lock().clear();
+        inner.pool.clear();
         drop(leased);
         leased = Leased::of(inner).probed()?;
         done = work(&mut At { inner, link: leased.link() });

@@ -69,6 +69,15 @@ impl<P: Pipe> Sftp<P> {
 
     /// Reads `len` bytes from `at` on, or less where the file ends before. The caller knows the file has them, or that `len` is small.
     pub fn read(&mut self, handle: &Handle, at: u64, len: usize) -> Result<Vec<u8>> {
+        self.read_pieces(handle, at, len, true)
+    }
+
+    /// The same in one flight: what a server did not give at once is missing from its end, be it the end of the file or not.
+    pub fn read_at_once(&mut self, handle: &Handle, at: u64, len: usize) -> Result<Vec<u8>> {
+        self.read_pieces(handle, at, len, false)
+    }
+
+    fn read_pieces(&mut self, handle: &Handle, at: u64, len: usize, insist: bool) -> Result<Vec<u8>> {
         self.allow(len as u64);
         let mut body = vec![0; len];
         // Pieces under way, in the order they were asked: where they go, how long they are.
@@ -97,6 +106,10 @@ impl<P: Pipe> Sftp<P> {
                     body[from..from + data.len()].copy_from_slice(&data);
                     // A server may give less than was asked for; the rest is asked for again.
                     if data.len() < piece && from + data.len() < end {
+                        if !insist {
+                            end = from + data.len();
+                            continue;
+                        }
                         let (from, piece) = (from + data.len(), piece - data.len());
                         flight.push_front((self.ask_read(handle, at + from as u64, piece)?, from, piece));
                     }
@@ -315,6 +328,14 @@ mod tests {
         assert!(sftp.read(&handle(), 0, PIECE + 1).unwrap_err().is(Code::Failure));
         // The answer nobody waited for is passed over, and the session goes on.
         sftp.mkdir(b"/d").unwrap();
+    }
+
+    #[test]
+    fn one_flight_ends_where_a_server_gives_less() {
+        let answers = vec![data(0, &[1; 50]), data(1, &[2; 10])];
+        let mut sftp = session(answers);
+        assert_eq!(sftp.read_at_once(&handle(), 0, PIECE + 10).unwrap(), [1; 50]);
+        assert_eq!(session(vec![data(0, &[3; 20])]).read_at_once(&handle(), 0, 20).unwrap(), [3; 20]);
     }
 
     #[test]
