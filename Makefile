@@ -8,15 +8,16 @@
 #   make bench     criterion, then benches/*.sh against the rivals
 #   make install   builds and installs programs, units, man pages and completions below DESTDIR/PREFIX
 #   make deb       the same as a Debian package, in target/debian
+#   make plugin    Docker's managed plugin, in target/plugin
 #   make packages  installs missing Debian packages when root, else names them and fails
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo test lint soak fuzz bench packages tools rig-selfcheck clean manual install deb
+.PHONY: demo test lint soak fuzz bench packages tools rig-selfcheck clean manual install deb plugin
 
 NEXTEST_VERSION := 0.9.143
 DENY_VERSION := 0.20.2
-DEB_VERSION := 3.6.1
+DEB_VERSION := 3.8.0
 FUZZ_SECONDS ?= 60
 # What is packaged: `release`, or `dev` to try the packaging itself.
 PROFILE ?= release
@@ -37,6 +38,7 @@ demo: packages
 
 test: packages tools lint
 	cargo build --locked --workspace --bins
+	$(MAKE) --no-print-directory deb PROFILE=dev
 	cargo test --locked --workspace --doc --quiet
 	cargo nextest run --locked --workspace --profile ci
 
@@ -48,6 +50,8 @@ lint: tools
 
 soak: tools
 	@tests/packages.sh --soak
+	cargo build --locked --workspace --bins
+	$(MAKE) --no-print-directory deb PROFILE=dev
 	HORCRUX_SOAK=1 cargo nextest run --locked --workspace --profile soak
 
 fuzz:
@@ -88,7 +92,11 @@ install: manual
 
 deb: manual
 	@command -v cargo-deb >/dev/null || $(INSTALL) cargo-deb --version $(DEB_VERSION)
-	cargo deb --no-build --no-strip --profile $(PROFILE) -p horcrux
+	cargo deb --no-build $(if $(filter dev,$(PROFILE)),--fast,--no-strip) --profile $(PROFILE) -p horcrux
+
+plugin:
+	cargo build --profile $(PROFILE) --locked -p horcrux -p horcrux-dv --bins
+	plugin/managed/build.sh $(BUILT) target/plugin
 
 packages:
 	@tests/packages.sh

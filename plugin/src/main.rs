@@ -39,6 +39,9 @@ struct Args {
     /// Where the daemon keeps volumes and cache [default: /var/lib/horcrux for root, else $XDG_STATE_HOME/horcrux]
     #[arg(long, value_name = "DIR", env = "HORCRUX_STATE_DIR")]
     state_dir: Option<PathBuf>,
+    /// Where volumes are mounted [default: mounts in the state directory]
+    #[arg(long, value_name = "DIR", env = "HORCRUX_MOUNTS")]
+    mounts: Option<PathBuf>,
     #[command(flatten)]
     place: Place,
     /// Write the man page and shell completions to a directory, for packages
@@ -128,7 +131,7 @@ fn run(args: Args) -> Result<(), Error> {
         source,
     })?;
     let dir = state_dir.join("driver");
-    let mounts = state_dir.join("mounts");
+    let mounts = args.mounts.unwrap_or_else(|| state_dir.join("mounts"));
     for dir in [&dir, &mounts] {
         make_private(dir).map_err(|source| Error::System {
             action: "make",

@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::extract::{DefaultBodyLimit, State};
-use axum::http::header::CONTENT_TYPE;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
 use axum::http::{Response, StatusCode, Uri};
+use axum::middleware::{self, Next};
 use axum::routing::post;
 use serde::de::DeserializeOwned;
 
@@ -43,7 +44,23 @@ pub fn router(driver: Arc<Driver>) -> Router {
             answered(StatusCode::NOT_FOUND, &Answer { err, ..Answer::default() })
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(middleware::from_fn(refuse_as_understood))
         .with_state(driver)
+}
+
+/// Marks an answer that refuses.
+#[derive(Clone, Copy)]
+struct Refusal;
+
+/// Docker says what it accepts, and shows the words of a refusal as they are if the status is 200, else with the address before them. Podman says nothing, and
+/// takes 200 for success whatever the words.
+async fn refuse_as_understood(request: Request, next: Next) -> Answered {
+    let is_docker = request.headers().contains_key(ACCEPT);
+    let mut response = next.run(request).await;
+    if response.extensions().get::<Refusal>().is_some() && !is_docker {
+        *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+    }
+    response
 }
 
 async fn activate(State(driver): Shared, _: Bytes) -> Answered {
@@ -128,16 +145,18 @@ fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, DriverError> {
 /// Brings something to its end whether or not Docker waits for it.
 async fn finish(work: impl Future<Output = Result<Answer, DriverError>> + Send + 'static) -> Answered {
     let done = tokio::spawn(work).await.unwrap_or(Err(DriverError::Internal));
-    let answer = done.unwrap_or_else(|error| {
-        match error {
-            // Docker asks for every name it is given before it makes a volume of it.
-            DriverError::NoVolume(_) => tracing::debug!(%error, "refused"),
-            _ => tracing::warn!(%error, "refused"),
-        }
-        Answer { err: error.to_string(), ..Answer::default() }
-    });
-    // An error too: of another status Docker shows the address along with the words.
-    answered(StatusCode::OK, &answer)
+    let error = match done {
+        Ok(answer) => return answered(StatusCode::OK, &answer),
+        Err(error) => error,
+    };
+    match error {
+        // Docker asks for every name it is given before it makes a volume of it.
+        DriverError::NoVolume(_) => tracing::debug!(%error, "refused"),
+        _ => tracing::warn!(%error, "refused"),
+    }
+    let mut refused = answered(StatusCode::OK, &Answer { err: error.to_string(), ..Answer::default() });
+    refused.extensions_mut().insert(Refusal);
+    refused
 }
 
 fn answered(status: StatusCode, answer: &Answer) -> Answered {
