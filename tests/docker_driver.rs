@@ -213,11 +213,16 @@ fn what_docker_can_t_have_is_refused_with_words() {
     // More than any request is.
     let huge = image.dir().join("huge");
     std::fs::write(&huge, vec![b' '; 1 << 20]).unwrap();
-    let mut curl = Command::new("curl");
-    curl.args(["-sS", "--max-time", "60", "-o", "/dev/null", "-w", "%{http_code}", "--unix-socket"])
-        .arg(&driver.socket);
-    curl.args(["http://localhost/VolumeDriver.Get", "--data-binary"]).arg(format!("@{}", huge.display()));
-    assert_eq!(run(&mut curl).ok(), "413");
+    let status_of = |body: &str, more: &[&str]| {
+        let mut curl = Command::new("curl");
+        curl.args(["-sS", "--max-time", "60", "-o", "/dev/null", "-w", "%{http_code}", "--unix-socket"])
+            .arg(&driver.socket);
+        run(curl.args(["http://localhost/VolumeDriver.Get", "--data-binary", body]).args(more)).ok()
+    };
+    assert_eq!(status_of(&format!("@{}", huge.display()), &[]), "413");
+    // Docker looks at the words, and says what it accepts; podman looks at the status.
+    assert_eq!(status_of(r#"{"Name": "none"}"#, &[]), "200");
+    assert_eq!(status_of(r#"{"Name": "none"}"#, &["-H", "Accept:"]), "500");
     // A second driver, on the same state or on the same socket.
     let other = image.dir().join("other-state");
     for (state, socket, words) in [

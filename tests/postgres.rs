@@ -5,18 +5,16 @@ use std::time::Duration;
 
 mod harness;
 
-use harness::{Guest, cli, guests, in_tests, need, need_root, run, run_within, soak};
+use harness::{Guest, cli, guests, in_tests, need, need_root, newest_postgres, run, run_within, soak};
 
 /// `pgbench -i -s 20`: about 300 MiB in 1,000 files.
 const SCALE: &str = "20";
 
 #[test]
 fn postgres_runs_on_an_image_of_its_data_directory_and_its_pages_check_out() {
-    let bin = newest_postgres();
     if !guests() || !need_root("for mounts and devices in the guest") || !need(&["pgbench", "setpriv"]) {
         return;
     }
-    let bin = bin.expect("pgbench is installed with a server: `make packages`");
     let dir = tempfile::tempdir().expect("a temporary directory");
     let (cluster, repo) = (dir.path().join("cluster"), dir.path().join("repo"));
     let mut fill = Command::new(in_tests("uml/postgres-cluster.sh"));
@@ -27,17 +25,9 @@ fn postgres_runs_on_an_image_of_its_data_directory_and_its_pages_check_out() {
     let owner = run(Command::new("stat").args(["-c", "%u"]).arg(cluster.join("PG_VERSION"))).ok();
     let console = Guest::serving(&repo, "AMCC", Duration::from_secs(if soak() { 900 } else { 300 }))
         .env("FS", "ext4")
-        .env("PGBIN", bin)
+        .env("PGBIN", newest_postgres())
         .env("PGUID", owner.trim())
         .env("SECONDS_RUN", if soak() { "300" } else { "10" })
         .run("postgres.sh");
     assert!(console.contains("pg_amcheck: clean"), "{console}");
-}
-
-/// Where the newest installed server keeps its programs.
-fn newest_postgres() -> Option<std::path::PathBuf> {
-    let versions = std::fs::read_dir("/usr/lib/postgresql").ok()?;
-    let newest =
-        versions.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).max()?;
-    Some(format!("/usr/lib/postgresql/{newest}/bin").into())
 }

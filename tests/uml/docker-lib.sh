@@ -1,4 +1,4 @@
-# Words for the guest scripts that run Docker: the daemon, the driver and dockerd started and ended, and what they leave looked for. Sourced after lib.sh.
+# Words for the guest scripts that run Docker or the like: the daemon, the driver and dockerd started and ended, and what they leave looked for. Sourced after lib.sh.
 #
 # In: HORCRUX_CLI, HORCRUX_NBD, HORCRUX_DV; with RECORD, Docker's calls to the driver are written there (`transcript.py`), REPO's place left open.
 export HORCRUX_STATE_DIR=$STATE DOCKER_HOST=unix:///run/docker.sock
@@ -49,7 +49,7 @@ refused() {
     if said=$("$@" 2>&1); then fail "not refused: $* ($said)"; fi
     case $said in *"$words"*) ;; *) fail "'$*' said '$said', not '$words'" ;; esac
 }
-connected() { ls -d /sys/block/nbd*/pid 2>/dev/null | wc -l; }
+connected() { { ls -d /sys/block/nbd*/pid 2>/dev/null || true; } | wc -l; }
 nothing_connected() { [ "$(connected)" = 0 ]; }
 mounted() { grep -c "$STATE/mounts" /proc/self/mountinfo || true; }
 nothing_mounted() { [ "$(mounted)" = 0 ]; }
@@ -58,14 +58,20 @@ no_errors() {
 }
 trap 'tail -n 30 "$UML_OUT"/d*.log' EXIT
 
-# An image of one program.
-mkdir -p /mnt/root/bin
+# An image of one program; with -v /usr:/usr:ro it has all of the host's.
+mkdir -p /mnt/root/bin /mnt/root/etc /mnt/root/usr
+mkdir -m 1777 /mnt/root/tmp
 cp "$(type -P busybox)" /mnt/root/bin/
 for name in sh cat echo sleep sync ls test mv rm; do ln -s busybox "/mnt/root/bin/$name"; done
-
-start_daemon
-start_driver
-start_dockerd
-tar -C /mnt/root -c . | docker import - tools >/dev/null
+ln -s usr/lib /mnt/root/lib
+ln -s usr/lib64 /mnt/root/lib64
+cp /etc/passwd /etc/group /etc/ld.so.cache /mnt/root/etc/
+import_tools() { tar -C /mnt/root -c . | docker import - tools >/dev/null; }
 run() { docker run --rm --network none "$@"; }
-say "docker $(docker version --format '{{.Server.Version}}') is up"
+start_all() {
+    start_daemon
+    start_driver
+    start_dockerd
+    import_tools
+    say "docker $(docker version --format '{{.Server.Version}}') is up"
+}

@@ -21,11 +21,13 @@ chmod 1777 /mnt/tmp
 export TMPDIR=/mnt/tmp
 
 ip link set lo up 2>/dev/null || busybox ip link set lo up
+. "$UML_OUT/env"
+# A machine with a service manager loads its modules itself.
+[ -z "${UML_SYSTEMD:-}" ] || . "${0%/*}/systemd.sh"
 # By path: hostfs is not where depmod thinks this kernel's modules are.
 insmod "/usr/lib/uml/modules/$(uname -r)/kernel/drivers/block/nbd.ko" nbds_max=8 ||
     echo "init.sh: nbd.ko did not load"
 
-. "$UML_OUT/env"
 cd /mnt || exit 1
 export UML_LIB=${0%/*}/lib.sh
 bash -c 'set -euo pipefail; . "$UML_LIB"; . "$UML_SCRIPT"' </dev/null

@@ -76,6 +76,9 @@ done
 # The management socket's path must fit in 108 bytes, so its directory is a short one of its own.
 uml_dir=$(mktemp -d /tmp/uml.XXXXXX)
 
+# hostfs keeps a file of the host open for each one the guest knows.
+ulimit -n "$(ulimit -Hn)"
+
 # A session of its own: a killed kernel leaves its traced processes behind, and killing the group by the id
 # we were given takes them all at once, as a power cut does.
 TMPDIR=$mem_dir setsid linux.uml "mem=$mem" rootfstype=hostfs root=/dev/root rw hostfs=/ \

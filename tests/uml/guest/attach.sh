@@ -20,7 +20,7 @@ refused() {
     if said=$("$@" 2>&1); then fail "not refused: $* ($said)"; fi
     case $said in *"$words"*) ;; *) fail "'$*' said '$said', not '$words'" ;; esac
 }
-connected() { ls -d /sys/block/nbd*/pid 2>/dev/null | wc -l; }
+connected() { { ls -d /sys/block/nbd*/pid 2>/dev/null || true; } | wc -l; }
 no_errors() {
     if dmesg | grep -E "I/O error|Buffer I/O|EXT4-fs error|XFS.*(error|shutdown)|Remounting"; then fail "$1: the kernel saw errors"; fi
 }
@@ -91,7 +91,9 @@ cli mount --access "$REPO" --name other@main --read-only other /mnt/new
 cli umount --rm other
 cli mount --access "$REPO" --name image named /mnt/new
 refused "there is a volume named already" cli mount --access "$REPO" --name other named /mnt/x1
-cli umount --rm named /mnt/new
+refused "no volume is mounted on /mnt/none" cli umount /mnt/none
+refused "which? 'umount VOLUME DIR', or 'umount DIR'" cli umount /mnt/new /mnt/new
+cli umount --rm /mnt/new/
 refused "can't find the directory /mnt/nowhere" cli mount --access "$REPO" --name image /mnt/nowhere
 refused "which volume?" cli mount /mnt/new
 if cli volume inspect image 2>/dev/null; then fail "a volume is left by a mount that failed"; fi

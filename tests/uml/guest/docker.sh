@@ -1,7 +1,8 @@
 # The story of the README with a real dockerd: volumes made, used by containers, copied in and out of, under every restart there is, and taken away.
 #
-# In: HORCRUX_CLI, HORCRUX_NBD, HORCRUX_DV, REPO with the images `image` (ext4) and `other` (XFS), MANIFEST of both; ROUNDS of kills and LOOPS of run and remove.
+# In: HORCRUX_CLI, HORCRUX_NBD, HORCRUX_DV, REPO with the images `image` (ext4) and `other` (XFS), MANIFEST of both; ROUNDS of kills LOOPS of run and remove, COLD of first bytes; REPO has `big` too, of 1 TiB.
 . "${UML_LIB%/*}/docker-lib.sh"
+start_all
 
 [ "$(docker volume create -d horcrux-nbd -o name=image -o access="$REPO" v1)" = v1 ] || fail "it has another name"
 docker volume create -d horcrux-nbd -o --name=other -o --access="$REPO" x1 >/dev/null
@@ -20,6 +21,24 @@ wait_until "devices to be let go" nothing_connected
 wait_until "mounts to be let go" nothing_mounted
 [ -z "$(ls -A "$STATE/mounts")" ] || fail "mountpoints are left"
 
+# The first byte of a cold disk of 1 TiB: what it takes beyond a volume of Docker's own.
+first_byte() {
+    local began read
+    began=$(date +%s%N)
+    docker volume create "$@" cold >/dev/null
+    read=$(run -v cold:/data tools sh -c 'set -- /data/data/*/*/f*; [ -e "$1" ] || set -- /bin/sh; busybox head -c 1 "$1" | busybox wc -c')
+    [ "$read" = 1 ] || fail "'$read' bytes were read"
+    echo $((($(date +%s%N) - began) / 1000000))
+    docker volume rm cold >/dev/null
+}
+median() { sort -n | sed -n "$(((COLD + 1) / 2))p"; }
+for round in $(seq "$COLD"); do
+    first_byte -d horcrux-nbd -o name=big -o access="$REPO" >>/mnt/ours
+    first_byte -d local >>/mnt/dockers
+done
+say "a cold disk of 1 TiB: $(median </mnt/ours) ms to the first byte, a volume of Docker's own $(median </mnt/dockers) ms (medians of $COLD)"
+[ $(($(median </mnt/ours) - $(median </mnt/dockers))) -lt 2000 ] || fail "that is 2 s and more beyond Docker's own time"
+
 # Changed by one container, seen by the next; the tree is its source's.
 docker run -d --name c1 --network none -v v1:/data tools sh -c 'while :; do sleep 1; done' >/dev/null
 at=$(docker volume inspect -f '{{.Mountpoint}}' v1)
@@ -37,20 +56,34 @@ say "copied in and out of a running container"
 # Every restart there is, under a container that writes.
 docker exec -d c1 sh -c 'n=0; while [ ! -e /data/stop ]; do n=$((n + 1)); echo $n >/data/new && sync && mv /data/new /data/count || echo $n >/failed; done; echo $n >/data/done'
 wait_until "the container to write" test -e "$at/count"
+# And one in which fio writes, reads back and compares, over and over.
+docker run -d --name c3 --network none -v v1:/data -v /usr:/usr:ro tools sh -c '
+    n=0
+    while [ ! -e /data/stop ]; do
+        fio --name=v --directory=/data --filename=fio --size=8M --rw=randwrite --bs=4k --direct=1 --ioengine=psync --verify=crc32c --verify_fatal=1 --fsync=64 \
+            --output-format=json --output=/fio.json || { echo $n >/failed; break; }
+        n=$((n + 1)); cat /fio.json >>/all.json; echo $n >/data/verified
+    done; echo $n >/data/verified-all' >/dev/null
+wait_until "fio to verify" test -e "$at/verified"
 for round in $(seq "$ROUNDS"); do
     end_it "$server_pid" KILL
     sleep 1
     start_daemon
-    counted=$(cat "$at/count")
-    more() { [ "$(cat "$at/count")" -gt "$counted" ]; }
-    wait_until "the container to write on after kill $round" more
+    counted=$(cat "$at/count") verified=$(cat "$at/verified")
+    more() { [ "$(cat "$at/count")" -gt "$counted" ] && [ "$(cat "$at/verified")" -gt "$verified" ]; }
+    wait_until "the container to write on, and fio to verify, after kill $round" more
 done
 end_it "$driver_pid" KILL
 start_driver
 run -v v1:/data tools test -e /data/count
 docker exec c1 test -e /data/in
-docker exec c1 sh -c 'echo >/data/stop; while [ ! -e /data/done ]; do sleep 1; done; rm /data/stop'
+docker exec c1 sh -c 'echo >/data/stop; while [ ! -e /data/done ] || [ ! -e /data/verified-all ]; do sleep 1; done; rm /data/stop'
 docker exec c1 test ! -e /failed || fail "a write failed"
+docker cp c3:/all.json /mnt/all.json
+if docker cp c3:/failed - >/dev/null 2>&1; then fail "fio found an error"; fi
+say "fio verified $(cat "$at/verified-all") times 8 MiB; the longest a write or a flush took:" \
+    "$(jq -s 'map(.jobs[0] | .write.clat_ns.max, .sync.lat_ns.max) | max / 1e6 | round' /mnt/all.json) ms"
+docker rm -f c3 >/dev/null
 no_errors "after $ROUNDS kills of the daemon and one of the driver"
 say "the daemon was killed $ROUNDS times under a container, which saw no error"
 
@@ -111,12 +144,16 @@ docker volume rm v2 >/dev/null
 nothing_mounted || fail "it is mounted still"
 say "mounted and unmounted as Docker would not"
 
+# use_of PID: what a process has in memory, in KiB, and how many files open.
+use_of() { echo "$(awk '/^VmRSS/ {print $2}' "/proc/$1/status") KiB, $(ls "/proc/$1/fd" | wc -l) files"; }
 for loop in $(seq "$LOOPS"); do
+    [ $((loop % 20)) != 1 ] || say "round $loop: daemon $(use_of "$server_pid"); driver $(use_of "$driver_pid"); $(docker volume ls -q | wc -l) volumes, $(connected) devices"
     docker volume create -d horcrux-nbd -o name=image -o access="$REPO" "loop$loop" >/dev/null
     run -v "loop$loop:/data" tools sh -c 'echo >/data/x'
     docker volume rm "loop$loop" >/dev/null
 done
-say "$LOOPS times made, run and removed"
+wait_until "devices to be let go" nothing_connected
+say "$LOOPS times made, run and removed: daemon $(use_of "$server_pid"); driver $(use_of "$driver_pid")"
 
 # A daemon that is away is said so, and what was to be let go is let go when it is back.
 docker run -d --name c2 --network none -v x1:/data tools sleep 1000 >/dev/null

@@ -2,6 +2,7 @@
 #
 # In: as docker-lib.sh, RECORD among it; REPO with the images `image` and `other`.
 . "${UML_LIB%/*}/docker-lib.sh"
+start_all
 docker volume create -d horcrux-nbd -o name=image -o access="$REPO" v1 >/dev/null
 docker volume create -d horcrux-nbd -o --name=other -o --access="$REPO" -o ro x1 >/dev/null
 docker volume create -d horcrux-nbd -o name=image -o access="$REPO" v1 >/dev/null
