@@ -9,7 +9,12 @@ insmod "/usr/lib/uml/modules/$(uname -r)/kernel/fs/overlayfs/overlay.ko"
 mkdir -p /mnt/disk "$root"
 mount /dev/ubda /mnt/disk 2>/dev/null || { mkfs.ext4 -q /dev/ubda && mount /dev/ubda /mnt/disk && touch /mnt/disk/new; }
 mkdir -p /mnt/disk/upper /mnt/disk/work
-mount -t overlay -o lowerdir=/,upperdir=/mnt/disk/upper,workdir=/mnt/disk/work root "$root"
+give_up() {
+    echo "systemd.sh: $1"
+    echo 1 >"$UML_OUT/status"
+    busybox poweroff -f
+}
+mount -t overlay -o lowerdir=/,upperdir=/mnt/disk/upper,workdir=/mnt/disk/work root "$root" || give_up "no overlay: what follows would change the host"
 if [ -e /mnt/disk/new ]; then
     rm -rf "$root"/etc/systemd/system/* "$root"/var/lib/{docker,containerd,horcrux} "$root"/etc/{docker,fstab} "$root"/usr/sbin/policy-rc.d \
         "$root"/etc/rc?.d/* "$root"/.dockerenv
@@ -44,3 +49,4 @@ fi
 mount --bind /usr/lib/uml/modules "$root/usr/lib/modules"
 umount -l /proc /sys /dev/shm /dev/pts /run /sys/fs/cgroup 2>/dev/null
 cd "$root" && pivot_root . host && exec chroot . /lib/systemd/systemd
+give_up "systemd can't be started"

@@ -1,6 +1,7 @@
 # A host as users have them: systemd, the package, Docker's own units. Its first day (BOOT=1), and the morning after (BOOT=2).
 #
 # In: DEB, REPO with the image `image` (ext4). The machine's disk is the same in both boots; how the first one shut down is seen by the second.
+[ "$(stat -f -c %T /)" = overlayfs ] || fail "this would change the host"
 STATE=/var/lib/horcrux
 WAIT_S=120
 docker() { /usr/bin/docker "$@"; }
