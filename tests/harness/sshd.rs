@@ -102,12 +102,25 @@ impl Sshd {
 
     /// Kills it, and the sessions it serves.
     pub fn down(&mut self) {
+        use rustix::process::{Pid, Signal, kill_process};
         let Some(mut child) = self.child.take() else { return };
-        for pid in descendants(child.id()) {
-            if let Some(pid) = rustix::process::Pid::from_raw(pid as i32) {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        let send = |pids: &[u32], signal| {
+            for pid in pids.iter().filter_map(|pid| Pid::from_raw(*pid as i32)) {
+                let _ = kill_process(pid, signal);
             }
+        };
+        // Stopped first, until no more of them come: one that is made after a look at them would outlive it.
+        send(&[child.id()], Signal::STOP);
+        let mut sessions = Vec::new();
+        loop {
+            let now = descendants(child.id());
+            send(&now, Signal::STOP);
+            if now == sessions {
+                break;
+            }
+            sessions = now;
         }
+        send(&sessions, Signal::KILL);
         let _ = child.kill();
         let _ = child.wait();
     }
@@ -187,9 +200,10 @@ fn children(parent: u32) -> Vec<u32> {
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let of_parent = |pid: &u32| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        // After the name, which may hold anything, come the state and the parent.
-        let ppid = stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(1)?.parse().ok());
-        ppid == Some(parent)
+        // After the name, which may hold anything, come the state and the parent. One that is dead and not waited for is no process any more.
+        let mut rest = stat.rsplit(") ").next().unwrap_or_default().split(' ');
+        let is_alive = rest.next().is_some_and(|state| state != "Z");
+        is_alive && rest.next().and_then(|ppid| ppid.parse().ok()) == Some(parent)
     };
     pids.filter(of_parent).collect()
 }

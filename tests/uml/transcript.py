@@ -36,7 +36,8 @@ class Connection(http.client.HTTPConnection):
 def ask(driver, call, body):
     """The status and the body of the driver's answer."""
     connection = Connection(driver)
-    connection.request("POST", call, body, {"Content-Type": "application/vnd.docker.plugins.v1.2+json"})
+    content = "application/vnd.docker.plugins.v1.2+json"
+    connection.request("POST", call, body, {"Accept": content, "Content-Type": content})
     answer = connection.getresponse()
     try:
         return answer.status, answer.read()
