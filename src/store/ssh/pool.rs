@@ -91,6 +91,9 @@ fn soonest(inner: &Arc<Inner>) -> Result<Idle, StoreError> {
         inner.pool.came.wait_for(&mut now, LOOK);
     };
     now.waiting -= 1;
+    // Why something failed is for those who waited for it, not for who comes in an hour.
+    let waiting = now.waiting;
+    now.failed.truncate(waiting);
     got
 }
 
