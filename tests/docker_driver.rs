@@ -244,6 +244,14 @@ fn what_docker_can_t_have_is_refused_with_words() {
         driver.child.id()
     );
     assert!(said.contains(&line) && second.status.code() == Some(1), "{said}");
+    // A directory with something of somebody else's in it.
+    let taken = image.dir().join("taken");
+    std::fs::create_dir_all(taken.join("photos")).unwrap();
+    let mode = std::fs::metadata(&taken).unwrap().permissions();
+    let said = run(command(&other, &state.join("third.sock")).arg("--mounts").arg(&taken));
+    let line = format!("error: {} is not empty, and no driver has used it", taken.display());
+    assert!(said.status.code() == Some(1) && said.stderr.contains(&line), "{}", said.stderr);
+    assert!(taken.join("photos").is_dir() && std::fs::metadata(&taken).unwrap().permissions() == mode);
     assert_eq!(volume(&state, &["ls"]).ok().lines().filter(|line| line.contains("v2")).count(), 0);
     driver.stop();
     server.stop();

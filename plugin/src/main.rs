@@ -76,6 +76,8 @@ enum Error {
     NoStateDir,
     #[error("another driver runs on {}: {source}", dir.display())]
     InUse { dir: PathBuf, source: LockError },
+    #[error("{} is not empty, and no driver has used it: volumes are mounted in a directory of their own", dir.display())]
+    NotOurs { dir: PathBuf },
     #[error("can't listen on {}: {source}", path.display())]
     Listen { path: PathBuf, source: io::Error },
     #[error("can't listen on {address}: {source}")]
@@ -131,14 +133,25 @@ fn run(args: Args) -> Result<(), Error> {
         source,
     })?;
     let dir = state_dir.join("driver");
-    let mounts = args.mounts.unwrap_or_else(|| state_dir.join("mounts"));
-    for dir in [&dir, &mounts] {
+    let make = |dir: &Path| {
         make_private(dir).map_err(|source| Error::System {
             action: "make",
-            path: Some(dir.clone()),
+            path: Some(dir.to_owned()),
             source,
-        })?;
-    }
+        })
+    };
+    make(&dir)?;
+    let mounts = match args.mounts {
+        Some(mounts) => {
+            claim(&mounts)?;
+            mounts
+        }
+        None => {
+            let mounts = state_dir.join("mounts");
+            make(&mounts)?;
+            mounts
+        }
+    };
     // Held to the end: two drivers would count apart from each other.
     let lock = dir.join("lock");
     let _lock = FileLock::take(&lock).map_err(|error| match error {
@@ -227,11 +240,30 @@ fn tell_manager(state: NotifyState<'_>) {
     }
 }
 
-/// Nobody but its owner lists what is there.
+/// Nobody but its owner comes to what is there: a volume may hold programs that run as root.
 fn make_private(dir: &Path) -> io::Result<()> {
     use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
     std::fs::DirBuilder::new().recursive(true).mode(0o711).create(dir)?;
-    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o711))
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+}
+
+/// Marks a directory that only drivers use.
+const OURS: &str = ".horcrux";
+
+/// Takes a directory for mounts, and for nothing else: what a driver finds there and does not know is unmounted and removed.
+fn claim(dir: &Path) -> Result<(), Error> {
+    let failed = |action| move |source| Error::System { action, path: Some(dir.to_owned()), source };
+    let there = std::fs::read_dir(dir);
+    let is_new = match there {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+        Err(error) => return Err(failed("read")(error)),
+    };
+    if !is_new && !dir.join(OURS).exists() {
+        return Err(Error::NotOurs { dir: dir.to_owned() });
+    }
+    make_private(dir).map_err(failed("make"))?;
+    std::fs::write(dir.join(OURS), "").map_err(failed("mark"))
 }
 
 fn stop_on_signals() -> io::Result<CancellationToken> {

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::filesystem::Kind;
+
 /// A request the kernel did not do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -32,6 +34,14 @@ pub enum KernelError {
         device: PathBuf,
         /// Why.
         problem: String,
+    },
+    /// The filesystem is not as it should be.
+    #[error("can't mount {}: its {} filesystem is damaged, or newer than this kernel; the kernel's log says more", device.display(), kind.name())]
+    Damaged {
+        /// The device.
+        device: PathBuf,
+        /// What it is.
+        kind: Kind,
     },
     /// Someone works below the mount.
     #[error("{} is in use: someone has a file open or works in it", dir.display())]
@@ -63,6 +73,12 @@ impl KernelError {
             }
             KernelError::NotAllowed(_) => "run the daemon as root",
             KernelError::DeviceBusy { .. } => "leave the device out: a free one is found",
+            KernelError::Damaged { kind: Kind::Ext4, .. } => {
+                "mend it: 'horcrux-cli attach VOLUME', 'e2fsck -f DEVICE' with the device that says, 'horcrux-cli detach VOLUME'"
+            }
+            KernelError::Damaged { kind: Kind::Xfs, .. } => {
+                "mend it: 'horcrux-cli attach VOLUME', 'xfs_repair DEVICE' with the device that says, 'horcrux-cli detach VOLUME'"
+            }
             KernelError::MountBusy { .. } => "'fuser -vm DIR' says who",
             _ => return None,
         })

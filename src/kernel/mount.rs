@@ -85,11 +85,9 @@ pub fn mount_device(
         let problem = match errno {
             rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => return KernelError::NotAllowed("mount"),
             rustix::io::Errno::NODEV => format!("this kernel has no {}", kind.name()),
-            rustix::io::Errno::UCLEAN | rustix::io::Errno::INVAL => {
-                format!(
-                    "its {} filesystem needs repair, or a newer kernel; the kernel's log says more",
-                    kind.name()
-                )
+            // EBADMSG is a checksum that is wrong.
+            rustix::io::Errno::UCLEAN | rustix::io::Errno::INVAL | rustix::io::Errno::BADMSG => {
+                return KernelError::Damaged { device: device.to_owned(), kind };
             }
             errno => errno.to_string(),
         };

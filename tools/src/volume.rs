@@ -447,7 +447,11 @@ impl UmountCommand {
 
 /// The volume that is mounted on a directory.
 async fn mounted_on(client: &Client, dir: &Path) -> Result<String, Error> {
-    let dir = absolute(dir)?;
+    // As the kernel names it, where that can be asked without touching what is mounted there.
+    let dir = absolute(&match (dir.parent().map(Path::canonicalize), dir.file_name()) {
+        (Some(Ok(parent)), Some(name)) => parent.join(name),
+        _ => dir.to_owned(),
+    })?;
     // As paths: with and without a slash at the end they are the same.
     let is_there = |at: &String| Path::new(at) == Path::new(&dir);
     let there = client.volumes().await?.into_iter().find(|volume| volume.mounts.iter().any(is_there));

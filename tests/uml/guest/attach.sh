@@ -195,6 +195,45 @@ settled() { [ "$(descriptors)" -le $((before + 4)) ]; }
 wait_until "the daemon to close what it used ($(descriptors) descriptors, $before before)" settled
 say "$LOOPS times attached and detached, nothing left"
 
+# More volumes than the driver has devices: it makes more.
+devices=$(ls -d /sys/block/nbd* | wc -l)
+for n in $(seq $((devices + 2))); do
+    cli volume create "many$n" --access "$REPO" --name image >/dev/null
+    cli attach "many$n" >/dev/null
+done
+[ "$(connected)" = $((devices + 2)) ] || fail "$(connected) devices are connected, not $((devices + 2))"
+for n in $(seq $((devices + 2))); do
+    cli detach "many$n" >/dev/null
+    cli volume rm "many$n" >/dev/null
+done
+say "$((devices + 2)) volumes attached, where the driver had $devices devices"
+
+# A filesystem that was damaged: it is said, with the way out, and the device is given back; mended it can be mounted.
+mkdir -p /mnt/broken
+# damage VOLUME IMAGE SECTOR COUNT WORDS MEND...
+damage() {
+    local volume=$1 image=$2 sector=$3 count=$4 words=$5 dev
+    shift 5
+    cli volume create "$volume" --access "$REPO" --name "$image" >/dev/null
+    dev=$(cli attach "$volume")
+    dd if=/dev/zero of="$dev" bs=512 seek="$sector" count="$count" conv=notrunc,fsync status=none
+    cli detach "$volume"
+    refused "$words filesystem is damaged, or newer than this kernel" cli mount "$volume" /mnt/broken
+    refused "hint: mend it: 'horcrux-cli attach VOLUME', '$1" cli mount "$volume" /mnt/broken
+    [ "$(connected)" = 0 ] || fail "$(connected) devices are left"
+    dev=$(cli attach "$volume")
+    "$@" "$dev" >/dev/null 2>&1 || [ $? = 1 ] || fail "$1 could not mend it"
+    cli detach "$volume"
+    cli mount "$volume" /mnt/broken
+    tree check --allow-extra "$MANIFEST" /mnt/broken
+    cli umount "$volume"
+    cli volume rm "$volume" >/dev/null
+}
+# The group descriptors of ext4, the free space of XFS's first group.
+damage broken4 image 8 8 ext4 e2fsck -fy
+damage brokenx other 1 1 xfs xfs_repair
+say "a damaged filesystem is said to be so, and mended"
+
 cli volume rm v1 v2 x1 x2
 rmmod nbd
 cli volume create v1 --access "$REPO" --name image

@@ -17,7 +17,12 @@ no_errors() {
     if dmesg | grep -E "I/O error|Buffer I/O|EXT4-fs error|Remounting"; then fail "$1: the kernel saw errors"; fi
     docker exec c1 test ! -e /failed || fail "$1: a write of the container failed"
 }
-is_up() { systemctl is-active --quiet "$@"; }
+# With several units at once systemctl is content with one.
+is_up() {
+    local unit
+    for unit; do systemctl is-active --quiet "$unit" || return 1; done
+}
+processes() { systemctl show -P MainPID horcrux-nbd horcrux-dv | xargs; }
 connected() { { ls -d /sys/block/nbd*/pid 2>/dev/null || true; } | wc -l; }
 nothing_connected() { [ "$(connected)" = 0 ]; }
 nothing_mounted() { ! grep -q "$STATE/mounts" /proc/self/mountinfo; }
@@ -60,7 +65,10 @@ first_day() {
     systemctl restart docker
     wait_until "the container to be there again" docker exec c1 test -e /data/count
     writes_on "a restart of dockerd"
+    before=$(processes)
     dpkg --force-depends --no-triggers -i "$DEB" >/dev/null || fail "it can't be upgraded"
+    for pid in $before; do ! kill -0 "$pid" 2>/dev/null || fail "process $pid is the one before the upgrade ($before)"; done
+    is_up horcrux-nbd horcrux-dv.service horcrux-dv.socket || fail "an upgrade left it down"
     writes_on "an upgrade"
     if said=$(dpkg -r horcrux 2>&1); then fail "removed from under a container"; fi
     grep -q "a volume is still attached as /dev/nbd" <<<"$said" || fail "it said '$said'"
@@ -128,8 +136,9 @@ over_tls() {
     wait "$driver" || true
     say "Docker found the driver by a .json, over TLS"
 
-    horcrux-dv --socket /root/tls/dv.sock >/root/tls/log 2>&1 &
+    horcrux-dv --socket /root/tls/dv.sock >/root/tls/log2 2>&1 &
     driver=$!
+    is_there() { grep -q ready /root/tls/log2; }
     wait_until "the driver" is_there
     echo unix:///root/tls/dv.sock >/etc/docker/plugins/horcrux-spec.spec
     docker volume create -d horcrux-spec -o name=image -o access="$REPO" s1 >/dev/null
