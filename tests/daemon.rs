@@ -470,10 +470,8 @@ fn a_client_that_goes_away_leaves_a_whole_volume_or_none() {
     }
     let weed = Weed::start();
     let proxy = Proxy::http(weed.address());
-    let (near, far) = (weed.url("repo"), weed::url_at(proxy.address(), "repo"));
-    let mut store = cli();
-    weed::with_credentials(&mut store, weed::ACCESS_KEY, weed::SECRET_KEY);
-    run(store.args(["image-from-file", "disk"]).arg(image.raw_file()).arg(&near)).ok();
+    let far = weed::url_at(proxy.address(), "repo");
+    weed.store(&image, "repo");
     let server = Serve::daemon(&state).credentials(weed::ACCESS_KEY, weed::SECRET_KEY).start();
     proxy.set_reach(Reach::Silent);
     let wanted = format!(r#"{{"name":"v","access":["{far}"],"image":"disk"}}"#);
@@ -707,9 +705,7 @@ fn credentials_of_a_store_are_in_no_answer_no_file_and_no_log() {
     }
     let weed = Weed::start();
     let (near, denied) = (weed.url("repo"), weed.url("elsewhere"));
-    let mut store = cli();
-    weed::with_credentials(&mut store, weed::ACCESS_KEY, weed::SECRET_KEY);
-    run(store.args(["image-from-file", "disk"]).arg(image.raw_file()).arg(&near)).ok();
+    weed.store(&image, "repo");
     let server = Serve::daemon(&state).credentials(weed::ACCESS_KEY, weed::SECRET_KEY).start();
     volume(&state, &["create", "v", "--access", &near, "--name", "disk"]).ok();
     let mut client = Client::open(&server, "v");

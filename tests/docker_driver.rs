@@ -351,10 +351,8 @@ fn a_mount_with_a_repository_that_hangs_is_given_up_in_time() {
     let weed = Weed::start();
     let proxy = Proxy::http(weed.address());
     let image = Image::sparse();
-    let (near, far) = (weed.url("repo"), weed::url_at(proxy.address(), "repo"));
-    let mut store = cli();
-    weed::with_credentials(&mut store, weed::ACCESS_KEY, weed::SECRET_KEY);
-    run(store.args(["image-from-file", "disk"]).arg(image.raw_file()).arg(&near)).ok();
+    let far = weed::url_at(proxy.address(), "repo");
+    weed.store(&image, "repo");
     let state = image.state();
     let server = Serve::daemon(&state).credentials(weed::ACCESS_KEY, weed::SECRET_KEY).start();
     let driver = Driver::start(&state);

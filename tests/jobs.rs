@@ -44,10 +44,8 @@ fn a_pin_is_a_job_that_can_be_watched_and_cancelled() {
     let weed = Weed::start();
     let proxy = Proxy::http(weed.address());
     let image = Image::of(noise(71, 24 * MIB));
-    let (near, far) = (weed.url("repo"), weed::url_at(proxy.address(), "repo"));
-    let mut store = cli();
-    weed::with_credentials(&mut store, weed::ACCESS_KEY, weed::SECRET_KEY);
-    run(store.args(["image-from-file", "disk"]).arg(image.raw_file()).arg(&near)).ok();
+    let far = weed::url_at(proxy.address(), "repo");
+    weed.store(&image, "repo");
     let state = image.state();
     let daemon = || {
         let serve = Serve::daemon(&state).credentials(weed::ACCESS_KEY, weed::SECRET_KEY);

@@ -149,10 +149,8 @@ fn a_repository_that_fails_is_seen_in_its_retries() {
     let weed = Weed::start();
     let proxy = Proxy::http(weed.address());
     let image = Image::of(noise(62, 4 * MIB));
-    let (near, far) = (weed.url("repo"), weed::url_at(proxy.address(), "repo"));
-    let mut store = cli();
-    weed::with_credentials(&mut store, weed::ACCESS_KEY, weed::SECRET_KEY);
-    run(store.args(["image-from-file", "disk"]).arg(image.raw_file()).arg(&near)).ok();
+    let far = weed::url_at(proxy.address(), "repo");
+    weed.store(&image, "repo");
     let state = image.state();
     let server = Serve::daemon(&state).credentials(weed::ACCESS_KEY, weed::SECRET_KEY).start();
     make(&state, "v", &far, &[]);

@@ -8,7 +8,7 @@ use aws_sdk_s3::Client;
 use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use rand::Rng;
 
-use super::{can, fetched, until};
+use super::{Image, can, cli, fetched, run, until};
 
 /// What the one identity of the server is called, and its secret: what must never be seen anywhere.
 pub const ACCESS_KEY: &str = "AKIDHORCRUXTEST";
@@ -102,6 +102,13 @@ impl Weed {
     /// A repository's URL below the bucket.
     pub fn url(&self, prefix: &str) -> String {
         url_at(self.address(), prefix)
+    }
+
+    /// Keeps `image` under `prefix`, by the name `disk`.
+    pub fn store(&self, image: &Image, prefix: &str) {
+        let mut store = cli();
+        with_credentials(&mut store, ACCESS_KEY, SECRET_KEY);
+        run(store.args(["image-from-file", "disk"]).arg(image.raw_file()).arg(self.url(prefix))).ok();
     }
 
     fn log(&self) -> String {

@@ -38,24 +38,20 @@ start_dockerd() {
     dockerd_pid=$!
     wait_until "dockerd's answer" docker version
 }
+# Killed, it unmounts nothing, and its containers go with it.
+kill_dockerd() {
+    end_it "$dockerd_pid" KILL
+    pkill -KILL -f "containerd.*dkx" || true
+    rm -f /run/dockerd.pid
+    sleep 1
+}
 # end_it PID SIGNAL: and waits for its end.
 end_it() {
     kill "-$2" "$1"
     wait "$1" 2>/dev/null || true
 }
-refused() {
-    local words=$1 said
-    shift
-    if said=$("$@" 2>&1); then fail "not refused: $* ($said)"; fi
-    case $said in *"$words"*) ;; *) fail "'$*' said '$said', not '$words'" ;; esac
-}
-connected() { { ls -d /sys/block/nbd*/pid 2>/dev/null || true; } | wc -l; }
-nothing_connected() { [ "$(connected)" = 0 ]; }
 mounted() { grep -c "$STATE/mounts" /proc/self/mountinfo || true; }
 nothing_mounted() { [ "$(mounted)" = 0 ]; }
-no_errors() {
-    if dmesg | grep -E "I/O error|Buffer I/O|EXT4-fs error|XFS.*(error|shutdown)|Remounting"; then fail "$1: the kernel saw errors"; fi
-}
 trap 'tail -n 30 "$UML_OUT"/d*.log' EXIT
 
 # An image of one program; with -v /usr:/usr:ro it has all of the host's.

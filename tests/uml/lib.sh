@@ -102,6 +102,22 @@ stop_server() {
     say "server stopped"
 }
 
+# refused WORDS COMMAND...: it fails, and says this.
+refused() {
+    local words=$1 said
+    shift
+    if said=$("$@" 2>&1); then fail "not refused: $* ($said)"; fi
+    case $said in *"$words"*) ;; *) fail "'$*' said '$said', not '$words'" ;; esac
+}
+
+# How many devices have a server.
+connected() { { ls -d /sys/block/nbd*/pid 2>/dev/null || true; } | wc -l; }
+nothing_connected() { [ "$(connected)" = 0 ]; }
+# no_errors WHEN: what the kernel says of a device or a filesystem that failed.
+no_errors() {
+    if dmesg | grep -E "I/O error|Buffer I/O|EXT4-fs error|XFS.*(error|shutdown)|Remounting"; then fail "$1: the kernel saw errors"; fi
+}
+
 attached() { [ "$(cat "/sys/block/${1#/dev/}/size")" != 0 ] && nbd-client -c "$1"; }
 not_attached() { ! nbd-client -c "$1"; }
 

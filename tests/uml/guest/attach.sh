@@ -13,17 +13,6 @@ kill_daemon() {
     kill -9 "$server_pid"
     wait "$server_pid" 2>/dev/null || true
 }
-# refused WORDS COMMAND...: it fails, and says this.
-refused() {
-    local words=$1 said
-    shift
-    if said=$("$@" 2>&1); then fail "not refused: $* ($said)"; fi
-    case $said in *"$words"*) ;; *) fail "'$*' said '$said', not '$words'" ;; esac
-}
-connected() { { ls -d /sys/block/nbd*/pid 2>/dev/null || true; } | wc -l; }
-no_errors() {
-    if dmesg | grep -E "I/O error|Buffer I/O|EXT4-fs error|XFS.*(error|shutdown)|Remounting"; then fail "$1: the kernel saw errors"; fi
-}
 descriptors() { ls "/proc/$server_pid/fd" | wc -l; }
 
 mkdir -p /mnt/fs /mnt/fs2

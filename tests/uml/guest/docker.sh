@@ -96,10 +96,7 @@ start_dockerd
 again() { docker exec c1 cat /data/two; }
 wait_until "the container to be started again" again
 [ "$(docker exec c1 cat /data/two)" = two ] || fail "a write is lost"
-end_it "$dockerd_pid" KILL
-pkill -KILL -f "containerd.*dkx" || true
-rm -f /run/dockerd.pid
-sleep 1
+kill_dockerd
 start_dockerd
 wait_until "the container to be started again" again
 say "dockerd was stopped once and killed once"

@@ -23,10 +23,7 @@ end_it "$dockerd_pid" TERM
 start_dockerd
 again() { docker exec c1 cat /data/one; }
 wait_until "the container to be started again" again
-end_it "$dockerd_pid" KILL
-pkill -KILL -f "containerd.*dkx" || true
-rm -f /run/dockerd.pid
-sleep 1
+kill_dockerd
 start_dockerd
 wait_until "the container to be started again" again
 docker rm -f c1 >/dev/null
