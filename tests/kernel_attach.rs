@@ -23,7 +23,7 @@ fn volumes_are_kernel_devices_through_every_end_of_the_daemon() {
         return;
     }
     let soak = std::env::var_os("HORCRUX_SOAK").is_some();
-    let (rounds, loops, limit_s) = if soak { (50, 1000, 1800) } else { (4, 20, 300) };
+    let (rounds, loops, limit_s) = if soak { (50, 1000, 1800) } else { (4, 20, 420) };
     let dir = tempfile::tempdir().unwrap();
     let (source, repo) = (dir.path().join("src"), dir.path().join("repo"));
     tree::make(&source, 40, 7);

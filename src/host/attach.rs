@@ -14,6 +14,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use nbd_proto::HeaderMode;
 use nbd_proto::client::{Connect, Negotiated, Wish};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -22,7 +23,7 @@ use crate::device::{Device, DeviceError, Piece};
 use crate::format::ids;
 use crate::kernel::filesystem::{Filesystem, PROBE_BYTES};
 use crate::kernel::netlink::{Connection, Netlink};
-use crate::kernel::{KernelError, device};
+use crate::kernel::{KernelError, apart, device, mount};
 use crate::nbd::{Connector, Ended, Export};
 use crate::units::{ByteLen, ByteOffset, ByteRange};
 use crate::volume::{VolumeName, VolumeRecord};
@@ -38,6 +39,8 @@ const SMALLEST_BLOCK: u32 = 512;
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(60);
 /// A new socket that ends within this was not taken by the kernel, which had none that was dead.
 const TAKEN_AFTER: Duration = Duration::from_millis(200);
+/// How long a device that has no live socket is waited for to get one, before it is flushed all the same.
+const SOCKETS_COME: Duration = Duration::from_secs(10);
 /// How long a device that was disconnected has to close its sockets.
 const SOCKETS_END: Duration = Duration::from_secs(5);
 /// How long it waits between two tries to give a device new sockets: from, to.
@@ -48,6 +51,8 @@ pub(super) struct Attached {
     pub(super) index: u32,
     /// Cancelled when it is to be detached: its sockets end on purpose then.
     stop: CancellationToken,
+    /// Whether all its sockets live.
+    served: watch::Receiver<bool>,
     /// Ends after that, once its sockets have.
     keeper: JoinHandle<()>,
 }
@@ -140,36 +145,49 @@ impl Host {
     /// Of who has the turn to mount.
     pub(super) async fn detach_in_turn(self: &Arc<Self>, name: &VolumeName) -> Result<(), HostError> {
         let entry = self.entry(name)?;
-        let _turn = entry.turn.lock().await;
-        let (index, stop) = match &entry.now.read().attached {
-            Some(attached) => (attached.index, attached.stop.clone()),
-            None => return Ok(()),
+        let attached = entry.now.read().attached.as_ref().map(|now| (now.index, now.served.clone()));
+        let Some((index, mut served)) = attached else { return Ok(()) };
+        // A device found at the daemon's start has a socket again once its volume is open. That takes the turn, and the flush needs it: so the turn is taken after both.
+        let _ = tokio::time::timeout(SOCKETS_COME, served.wait_for(|served| *served)).await;
+        let flushed = match device::is_connected(index) {
+            true => Some(apart::flush(index).await.map_err(|error| in_use(name, error))?),
+            false => None,
         };
-        let record = self.record(name, &entry)?;
-        let (volume, stopping) = (name.to_string(), stop.clone());
+        let disconnected = self.disconnect(name, &entry, index).await;
+        if let Some(flushed) = flushed {
+            flushed.let_go().await;
+        }
+        disconnected
+    }
+
+    /// Disconnects a device that nobody uses, and forgets it. One that is another by now stays.
+    async fn disconnect(
+        self: &Arc<Self>,
+        name: &VolumeName,
+        entry: &Entry,
+        index: u32,
+    ) -> Result<(), HostError> {
+        let _turn = entry.turn.lock().await;
+        let stop = match &entry.now.read().attached {
+            Some(attached) if attached.index == index => attached.stop.clone(),
+            _ => return Ok(()),
+        };
+        let record = self.record(name, entry)?;
+        let stopping = stop.clone();
         let disconnecting = move || {
             if !device::is_connected(index) {
-                return Ok::<_, HostError>(());
+                return Ok(());
             }
-            // Held until it is over, so that nobody mounts it in between.
-            let claimed = device::claim(index).map_err(|error| match error {
-                KernelError::DeviceBusy { device } => {
-                    HostError::InUse { volume, by: mounted_or_held(&device) }
-                }
-                error => error.into(),
-            })?;
-            device::flush(&claimed, index)?;
             let netlink = Netlink::open()?;
             // Before: the sockets end on purpose now.
             stopping.cancel();
-            Ok(netlink.disconnect(index)?)
+            netlink.disconnect(index)
         };
-        let disconnected =
-            tokio::task::spawn_blocking(disconnecting).await.unwrap_or(Err(HostError::Stopping));
-        if let Err(error) = disconnected {
+        let disconnected = tokio::task::spawn_blocking(disconnecting).await.map_err(|_| HostError::Stopping);
+        if let Err(error) = disconnected.and_then(|done| Ok(done?)) {
             if stop.is_cancelled() && !self.stop.is_cancelled() {
                 // It is a device still, so somebody has to look after its sockets.
-                self.keep(name, &entry, &record, index, Vec::new());
+                self.keep(name, entry, &record, index, Vec::new());
             }
             return Err(error);
         }
@@ -212,11 +230,13 @@ impl Host {
         ended: Vec<Ended>,
     ) {
         let stop = self.stop.child_token();
+        let (serving, served) = watch::channel(!ended.is_empty());
         let mut keeper = Keeper {
             host: Arc::downgrade(self),
             name: name.clone(),
             backend: backend_of(record),
             index,
+            serving,
             live: ended.into_iter().collect(),
         };
         let stopping = stop.clone();
@@ -224,13 +244,15 @@ impl Host {
             tokio::select! { () = stopping.cancelled() => {}, () = keeper.run() => {} }
             while keeper.live.next().await.is_some() {}
         };
-        entry.now.write().attached = Some(Attached { index, stop, keeper: tokio::spawn(keeping) });
+        entry.now.write().attached = Some(Attached { index, stop, served, keeper: tokio::spawn(keeping) });
     }
 
     /// A new connection to our own server.
     async fn socket(&self, export: &Arc<Export>) -> Result<Socket, HostError> {
         let connector: &Connector = self.connector.get().ok_or(HostError::Stopping)?;
-        let system = |action| move |source| KernelError::System { action, path: None, source };
+        let system = |action: &'static str| {
+            move |source| KernelError::System { action: action.into(), path: None, source }
+        };
         let (client, server) = UnixStream::pair().map_err(system("make a pair of sockets"))?;
         let ended = connector.serve(server).map_err(system("serve a socket"))?;
         let name = export.name().to_owned();
@@ -249,6 +271,7 @@ struct Keeper {
     name: VolumeName,
     backend: String,
     index: u32,
+    serving: watch::Sender<bool>,
     live: FuturesUnordered<Ended>,
 }
 
@@ -258,8 +281,10 @@ impl Keeper {
         let mut lost: Option<Instant> = None;
         loop {
             while self.live.len() >= CONNECTIONS {
+                self.serving.send_replace(true);
                 self.live.next().await;
             }
+            self.serving.send_replace(false);
             if !self.is_ours().await {
                 return self.forget();
             }
@@ -340,11 +365,14 @@ pub(super) async fn first_bytes(device: &Arc<Device>) -> Result<Vec<u8>, DeviceE
     Ok(start)
 }
 
-fn mounted_or_held(device: &Path) -> String {
-    match crate::kernel::mount::mounts_of(device).unwrap_or_default().as_slice() {
+/// Who has the volume's device, where the kernel says that somebody does.
+pub(super) fn in_use(volume: &VolumeName, error: KernelError) -> HostError {
+    let KernelError::DeviceBusy { device } = error else { return error.into() };
+    let by = match mount::mounts_of(&device).unwrap_or_default().as_slice() {
         [] => format!("{} is held by another program", device.display()),
         [dir, ..] => format!("{} is mounted on {}", device.display(), dir.display()),
-    }
+    };
+    HostError::InUse { volume: volume.to_string(), by }
 }
 
 /// The handshake as a kernel needs it: simple replies. Blocks, bounded.

@@ -9,17 +9,29 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::attach::first_bytes;
+use super::attach::{first_bytes, in_use};
 use super::{Host, HostError, VolumeStatus};
-use crate::kernel::filesystem::Filesystem;
-use crate::kernel::{KernelError, device, mount};
+use crate::kernel::filesystem::{Filesystem, Kind};
+use crate::kernel::{KernelError, apart, device, mount};
 use crate::volume::VolumeName;
 
 /// A mount that takes longer is given up, so that its user is told within half a minute; what comes of it later is undone.
 const MOUNT_LIMIT: Duration = Duration::from_secs(20);
 
-/// What came of a mount: the volume, and whether it was mounted now.
-type Mounted = (VolumeStatus, bool);
+/// What came of a mount.
+struct Mounted {
+    volume: VolumeStatus,
+    /// What was done for it, and has to be undone where nobody wants it any more.
+    done: Done,
+}
+
+/// What a mount did.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Done {
+    Nothing,
+    Mounted,
+    AttachedAndMounted,
+}
 
 impl Host {
     /// Mounts a volume on a directory, attaching it if it is not. Where it is mounted there already it stays so.
@@ -37,7 +49,7 @@ impl Host {
                 }))
             }
         };
-        done.unwrap_or(Err(HostError::Stopping)).map(|(volume, _)| volume)
+        done.unwrap_or(Err(HostError::Stopping)).map(|mounted| mounted.volume)
     }
 
     /// Mounts, and undoes it where nobody is left to be told.
@@ -55,11 +67,17 @@ impl Host {
         if tell.is_closed() {
             return;
         }
-        let done = self.mount_in_turn(name, dir).await;
-        if let Err(Ok((_, true))) = tell.send(done)
-            && let Err(error) = self.unmount_in_turn(name, Some(dir)).await
-        {
+        let Err(Ok(Mounted { done, .. })) = tell.send(self.mount_in_turn(name, dir).await) else { return };
+        if let Err(error) = self.undo(name, dir, done).await {
             tracing::warn!(volume = %name, dir = %dir.display(), %error, "a mount that came too late could not be undone");
+        }
+    }
+
+    async fn undo(self: &Arc<Self>, name: &VolumeName, dir: &Path, done: Done) -> Result<(), HostError> {
+        match done {
+            Done::Nothing => Ok(()),
+            Done::Mounted => self.unmount_dirs(name, Some(dir)).await.map(drop),
+            Done::AttachedAndMounted => self.unmount_in_turn(name, Some(dir)).await,
         }
     }
 
@@ -67,7 +85,7 @@ impl Host {
         let dir = resolved(dir).await?;
         let before = self.inspect(name)?;
         if before.mounts.contains(&dir) {
-            return Ok((before, false));
+            return Ok(Mounted { volume: before, done: Done::Nothing });
         }
         // Read before there is a device, which would wait in the kernel for what does not come.
         let export = self.serve(name).await?;
@@ -78,7 +96,10 @@ impl Host {
             Filesystem::probe(&start).ok_or_else(|| HostError::NoFilesystem { volume: name.to_string() })?;
         let attached = self.attach(name, None).await?;
         match self.mount_attached(attached, filesystem, dir).await {
-            Ok(()) => Ok((self.inspect(name)?, true)),
+            Ok(()) => {
+                let done = if before.device.is_none() { Done::AttachedAndMounted } else { Done::Mounted };
+                Ok(Mounted { volume: self.inspect(name)?, done })
+            }
             Err(error) => {
                 if before.device.is_none()
                     && let Err(kept) = self.detach_in_turn(name).await
@@ -98,12 +119,14 @@ impl Host {
     ) -> Result<(), HostError> {
         let VolumeStatus { name, device, record, .. } = attached;
         let device = device.ok_or_else(|| self.no_volume(&name))?;
-        let mounting = move || {
-            mount::mount_device(&device, &filesystem, &dir, record.read_only)?;
-            tracing::info!(volume = %name, device = %device.display(), dir = %dir.display(), "mounted");
-            Ok::<_, HostError>(())
-        };
-        tokio::task::spawn_blocking(mounting).await.map_err(|_| HostError::Stopping)?
+        let Filesystem { kind, dirty, .. } = filesystem;
+        if record.read_only && dirty && kind == Kind::Ext4 {
+            tracing::warn!(volume = %name, "its journal is not played on a read-only volume: the newest changes may be missing");
+        }
+        let mounting = apart::mount_device(device.clone(), kind, dir.clone(), record.read_only);
+        mounting.await.map_err(|error| in_use(&name, error))?;
+        tracing::info!(volume = %name, device = %device.display(), dir = %dir.display(), "mounted");
+        Ok(())
     }
 
     /// Unmounts a volume from a directory, or from all it is mounted on, and detaches it where no mount is left. One that is not mounted is detached all the same.
@@ -118,29 +141,36 @@ impl Host {
         name: &VolumeName,
         dir: Option<&Path>,
     ) -> Result<(), HostError> {
-        let Some(device) = self.inspect(name)?.device else { return Ok(()) };
-        let (asked, volume) = (dir.map(Path::to_owned), name.to_string());
-        let unmounting = move || {
+        if self.unmount_dirs(name, dir).await? { self.detach_in_turn(name).await } else { Ok(()) }
+    }
+
+    /// Unmounts a volume from a directory, or from all it is mounted on; whether no mount is left.
+    async fn unmount_dirs(&self, name: &VolumeName, dir: Option<&Path>) -> Result<bool, HostError> {
+        let Some(device) = self.inspect(name)?.device else { return Ok(true) };
+        let (asked, of) = (dir.map(Path::to_owned), device.clone());
+        let looking = move || {
             let asked = asked.map(|dir| dir.canonicalize().unwrap_or(dir));
-            let mounts = mount::mounts_of(&device)?;
-            let going: Vec<PathBuf> = match &asked {
-                // An earlier unmount may have been cut short before it detached.
-                Some(_) if mounts.is_empty() => Vec::new(),
-                Some(dir) if !mounts.contains(dir) => {
-                    return Err(HostError::NotMounted { volume, dir: dir.clone() });
-                }
-                Some(dir) => vec![dir.clone()],
-                // The newest first: one may lie on another.
-                None => mounts.iter().rev().cloned().collect(),
-            };
-            for dir in &going {
-                mount::unmount_dir(dir)?;
-                tracing::info!(volume, device = %device.display(), dir = %dir.display(), "unmounted");
-            }
-            Ok(mount::mounts_of(&device)?.is_empty())
+            Ok::<_, KernelError>((asked, mount::mounts_of(&of)?))
         };
-        let is_free = tokio::task::spawn_blocking(unmounting).await.map_err(|_| HostError::Stopping)??;
-        if is_free { self.detach_in_turn(name).await } else { Ok(()) }
+        let (asked, mounts) =
+            tokio::task::spawn_blocking(looking).await.map_err(|_| HostError::Stopping)??;
+        let going = match asked {
+            // An earlier unmount may have been cut short before it detached.
+            Some(_) if mounts.is_empty() => Vec::new(),
+            Some(dir) if !mounts.contains(&dir) => {
+                return Err(HostError::NotMounted { volume: name.to_string(), dir });
+            }
+            Some(dir) => vec![dir],
+            None => mounts,
+        };
+        // The newest first: one may lie on another.
+        for dir in going.iter().rev() {
+            apart::unmount_dir(dir).await?;
+            tracing::info!(volume = %name, device = %device.display(), dir = %dir.display(), "unmounted");
+        }
+        // Looked at again: with a mount its replicas go too.
+        let left = tokio::task::spawn_blocking(move || mount::mounts_of(&device));
+        Ok(left.await.map_err(|_| HostError::Stopping)??.is_empty())
     }
 
     /// Where a volume is mounted, as far as this process sees.
@@ -154,7 +184,7 @@ async fn resolved(dir: &Path) -> Result<PathBuf, HostError> {
     let dir = dir.to_owned();
     let resolving = move || {
         dir.canonicalize().map_err(|source| KernelError::System {
-            action: "find the directory",
+            action: "find the directory".into(),
             path: Some(dir.clone()),
             source,
         })

@@ -59,8 +59,8 @@ pub fn is_connected(index: u32) -> bool {
     sys(index).join("pid").exists()
 }
 
-/// Takes the device for ourselves: nobody has it mounted or otherwise claimed, and nobody can until this is closed. Of whoever only has it open nothing is known.
-pub fn claim(index: u32) -> Result<OwnedFd, KernelError> {
+/// Takes the device for this process: nobody has it mounted or otherwise claimed, and nobody can until this is closed. Of whoever only has it open nothing is known.
+pub(super) fn claim(index: u32) -> Result<OwnedFd, KernelError> {
     let device = path_of(index);
     match rustix::fs::open(&device, OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC, Mode::empty()) {
         Ok(claimed) => Ok(claimed),
@@ -70,15 +70,11 @@ pub fn claim(index: u32) -> Result<OwnedFd, KernelError> {
     }
 }
 
-/// Brings to the device what was written to it past any filesystem and is in the kernel's memory still. A device that is dead (its last socket was gone for too long) takes
-/// nothing any more: that is no error here, what it had is lost, and its programs were told.
-pub fn flush(claimed: &OwnedFd, index: u32) -> Result<(), KernelError> {
+/// Brings to the device what is in the kernel's memory still; `false` where it is dead.
+pub(super) fn flush(claimed: &OwnedFd, index: u32) -> Result<bool, KernelError> {
     match rustix::fs::fsync(claimed) {
-        Ok(()) => Ok(()),
-        Err(errno) if is_dead(index) => {
-            tracing::warn!(device = %path_of(index).display(), %errno, "the device is dead: what was not flushed is lost");
-            Ok(())
-        }
+        Ok(()) => Ok(true),
+        Err(_) if is_dead(index) => Ok(false),
         Err(errno) => Err(KernelError::of("flush", Some(path_of(index)))(errno.into())),
     }
 }

@@ -1,12 +1,15 @@
 //! What the kernel refuses.
 
+use std::borrow::Cow;
 use std::io;
 use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
 
 use super::filesystem::Kind;
 
 /// A request the kernel did not do.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Serialize, Deserialize, thiserror::Error)]
 #[non_exhaustive]
 pub enum KernelError {
     /// The kernel has no nbd driver.
@@ -14,7 +17,7 @@ pub enum KernelError {
     NoDriver,
     /// Only root may.
     #[error("not allowed to {0}: root (CAP_SYS_ADMIN) is needed")]
-    NotAllowed(&'static str),
+    NotAllowed(Cow<'static, str>),
     /// The device is somebody's.
     #[error("{} is in use", device.display())]
     DeviceBusy {
@@ -56,10 +59,11 @@ pub enum KernelError {
     #[error("can't {action}{}: {source}", path.as_ref().map(|path| format!(" {}", path.display())).unwrap_or_default())]
     System {
         /// What was tried.
-        action: &'static str,
+        action: Cow<'static, str>,
         /// On what.
         path: Option<PathBuf>,
         /// The reason.
+        #[serde(with = "errno")]
         source: io::Error,
     },
 }
@@ -86,8 +90,24 @@ impl KernelError {
 
     pub(super) fn of(action: &'static str, path: Option<PathBuf>) -> impl FnOnce(io::Error) -> KernelError {
         move |source| match source.kind() {
-            io::ErrorKind::PermissionDenied => KernelError::NotAllowed(action),
-            _ => KernelError::System { action, path, source },
+            io::ErrorKind::PermissionDenied => KernelError::NotAllowed(action.into()),
+            _ => KernelError::System { action: action.into(), path, source },
         }
+    }
+}
+
+/// A system call's error is its number.
+mod errno {
+    use std::io;
+
+    use rustix::io::Errno;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(error: &io::Error, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_i32(error.raw_os_error().unwrap_or(Errno::IO.raw_os_error()))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<io::Error, D::Error> {
+        i32::deserialize(from).map(io::Error::from_raw_os_error)
     }
 }

@@ -3,6 +3,8 @@
 //! Enters: the first bytes of the device. Leaves: facts, or that it is none we know. Sources: the ext4 disk layout (kernel documentation, "Super Block"), the XFS algorithms and
 //! data structures document ("Superblocks").
 
+use serde::{Deserialize, Serialize};
+
 /// How many bytes of the device's start tell.
 pub const PROBE_BYTES: usize = 2048;
 
@@ -18,7 +20,7 @@ pub struct Filesystem {
 }
 
 /// A kind of filesystem.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
     /// ext4, and ext2 and ext3, which the same driver mounts.
     Ext4,

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::KernelError;
-use super::filesystem::{Filesystem, Kind};
+use super::filesystem::Kind;
 
 /// What a guard says it is, in the table of mounts.
 const GUARD: &str = "horcrux-guard";
@@ -27,7 +27,7 @@ pub fn guard(dir: &Path) -> Result<(), KernelError> {
     }
     let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount(GUARD, dir, "tmpfs", flags, c"mode=0555,size=4k").map_err(|errno| match errno {
-        rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => KernelError::NotAllowed("mount"),
+        rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => KernelError::NotAllowed("mount".into()),
         errno => failed("mount a guard on")(errno.into()),
     })
 }
@@ -65,29 +65,38 @@ pub fn unguard(dir: &Path) -> Result<(), KernelError> {
     }
 }
 
-/// Mounts a device on a directory.
-pub fn mount_device(
+/// Mounts a device on a directory. Waits for the device.
+pub(super) fn mount_device(
     device: &Path,
-    filesystem: &Filesystem,
+    kind: Kind,
     dir: &Path,
     read_only: bool,
 ) -> Result<(), KernelError> {
-    let Filesystem { kind, dirty, .. } = *filesystem;
     let mut flags = MountFlags::NOATIME;
-    if read_only {
-        flags |= MountFlags::RDONLY;
-        if dirty && kind == Kind::Ext4 {
-            tracing::warn!(device = %device.display(), "its journal is not played on a read-only volume: the newest changes may be missing");
-        }
-    }
+    flags.set(MountFlags::RDONLY, read_only);
     let options = CString::new(kind.options(read_only)).expect("options have no NUL");
-    mount(device, dir, kind.name(), flags, options.as_c_str()).map_err(|errno| {
+    let mounted = mount(device, dir, kind.name(), flags, options.as_c_str());
+    if mounted == Err(rustix::io::Errno::BUSY) && mounts_of(device)?.iter().any(|mounted| mounted == dir) {
+        // Somebody else was there first.
+        return Ok(());
+    }
+    mounted.map_err(|errno| {
         let problem = match errno {
-            rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => return KernelError::NotAllowed("mount"),
+            rustix::io::Errno::PERM | rustix::io::Errno::ACCESS => {
+                return KernelError::NotAllowed("mount".into());
+            }
+            rustix::io::Errno::BUSY => return KernelError::DeviceBusy { device: device.to_owned() },
             rustix::io::Errno::NODEV => format!("this kernel has no {}", kind.name()),
             // EBADMSG is a checksum that is wrong.
             rustix::io::Errno::UCLEAN | rustix::io::Errno::INVAL | rustix::io::Errno::BADMSG => {
                 return KernelError::Damaged { device: device.to_owned(), kind };
+            }
+            // XFS says this too of what it finds damaged late.
+            rustix::io::Errno::IO => {
+                format!(
+                    "it can't be read, or its {} filesystem is damaged; the kernel's log says more",
+                    kind.name()
+                )
             }
             errno => errno.to_string(),
         };
@@ -95,8 +104,8 @@ pub fn mount_device(
     })
 }
 
-/// Unmounts what is on top of a directory; `false` where nothing is mounted there.
-pub fn unmount_dir(dir: &Path) -> Result<bool, KernelError> {
+/// Unmounts what is on top of a directory; `false` where nothing is mounted there. Waits for what is written to it.
+pub(super) fn unmount_dir(dir: &Path) -> Result<bool, KernelError> {
     match unmount(dir, UnmountFlags::NOFOLLOW) {
         Ok(()) => Ok(true),
         Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => Ok(false),

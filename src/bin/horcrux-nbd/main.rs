@@ -27,6 +27,12 @@ struct Args {
 enum Command {
     /// Serve versions of images as disks, or be the daemon of all volumes here; their changes stay in the state directory
     Serve(Box<serve::Args>),
+    /// What the daemon has done by another process
+    #[command(hide = true, name = horcrux::kernel::apart::WORD)]
+    Apart {
+        /// What to do
+        task: String,
+    },
     /// Write man pages and shell completions, for packages
     #[command(hide = true)]
     Manual {
@@ -48,6 +54,7 @@ fn main() -> ExitCode {
     start_logging(args.log_format);
     let serve = match args.command {
         Command::Serve(serve) => serve,
+        Command::Apart { task } => return horcrux::kernel::apart::perform(&task),
         Command::Manual { dir } => return written(horcrux::manual::write(Args::command(), &dir)),
     };
     match serve::run(*serve) {

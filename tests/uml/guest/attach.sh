@@ -121,7 +121,35 @@ wait_until "the late mount to be undone" undone
 only_one() { [ "$(connected)" = 1 ]; }
 wait_until "its device to be given back" only_one
 ! mountpoint -q /mnt/late || fail "it is mounted"
+# One that was attached before stays so.
+cli volume rm slow
+cli volume create slow --access /mnt/slow --name third
+cli attach slow
+kill -STOP "$fuse_pid"
+refused "volume slow could not be mounted within 20 s" cli mount slow /mnt/late
+kill -CONT "$fuse_pid"
+undone() { [ "$(grep "unmounted" "$UML_OUT/server.log" | grep -c "/mnt/late")" = 2 ]; }
+wait_until "the late mount to be undone" undone
+sleep 1
+[ "$(connected)" = 2 ] || fail "$(connected) devices are connected, not 2"
+cli detach slow
+# One whose daemon was killed goes on with the next, which mounts no second time.
+cli volume rm slow
+cli volume create slow --access /mnt/slow --name third
+cli attach slow
+kill -STOP "$fuse_pid"
+cli mount slow /mnt/late 2>/dev/null &
+asking=$!
+mounting() { pgrep -f '^/proc/self/exe apart ."Mount"'; }
+wait_until "the mount to begin" mounting
+kill_daemon
+wait "$asking" && fail "a mount without a daemon"
+mounting >/dev/null || fail "nobody mounts any more"
+kill -CONT "$fuse_pid"
+start_daemon
 cli mount slow /mnt/late
+[ "$(grep -c " /mnt/late " /proc/self/mountinfo)" = 1 ] || fail "it is not mounted once"
+[ "$(connected)" = 2 ] || fail "$(connected) devices are connected, not 2"
 cli umount --rm slow
 umount /mnt/slow
 say "a mount that came too late was undone"
@@ -148,9 +176,35 @@ assert job["error"] == 0 and job["write"]["total_ios"] > 0, job
 print(round(max(job[what]["lat_ns"]["max"] for what in ("read", "write", "sync")) / 1e6))' "$UML_OUT/fio")
 say "$ROUNDS daemons ended under fio, which saw no error; the longest pause was $pause ms, 1000 of them without a daemon"
 
-# Gone for longer than the device waits: errors then, and a way back.
+# Killed while it unmounts what has much to write: the unmount waits for the next daemon, and nothing is lost.
 umount /mnt/fs
 cli detach v1
+cli mount v1 /mnt/fs >/dev/null
+dd if=/dev/urandom of=/mnt/fs/late bs=1M count=48 status=none
+late=$(sha256sum </mnt/fs/late)
+cli umount v1 2>/dev/null &
+asking=$!
+unmounting() { pgrep -f "^/proc/self/exe apart .*Unmount"; }
+wait_until "the unmount to begin" unmounting
+kill_daemon
+wait "$asking" && fail "the unmount was over before the daemon was killed"
+waiting=$(unmounting) || fail "nobody unmounts any more"
+! ls -l "/proc/$waiting/fd" | grep -E "socket:|$STATE" || fail "what waits for the device has the daemon's descriptors"
+start_daemon
+wait_until "the unmount to end" cli umount v1
+! unmounting || fail "it is unmounted still"
+[ "$(connected)" = 0 ] || fail "$(connected) devices are left"
+cli mount v1 /mnt/fs >/dev/null
+[ "$(sha256sum </mnt/fs/late)" = "$late" ] || fail "what was written before the unmount is lost"
+rm /mnt/fs/late
+cli umount v1
+dev=$(cli attach v1)
+fsck_clean "$dev" ext4
+cli detach v1
+no_errors "after a daemon that was killed while it unmounted"
+say "the daemon was killed while it unmounted; the unmount went on with the next one"
+
+# Gone for longer than the device waits: errors then, and a way back.
 stop_server
 start_daemon --dead-timeout 3
 dev=$(cli attach v1)
@@ -199,13 +253,13 @@ say "$((devices + 2)) volumes attached, where the driver had $devices devices"
 
 # A filesystem that was damaged: it is said, with the way out, and the device is given back; mended it can be mounted.
 mkdir -p /mnt/broken
-# damage VOLUME IMAGE SECTOR COUNT WORDS MEND...
+# damage VOLUME IMAGE BYTE COUNT WORDS MEND...: zeros there.
 damage() {
-    local volume=$1 image=$2 sector=$3 count=$4 words=$5 dev
+    local volume=$1 image=$2 byte=$3 count=$4 words=$5 dev
     shift 5
     cli volume create "$volume" --access "$REPO" --name "$image" >/dev/null
     dev=$(cli attach "$volume")
-    dd if=/dev/zero of="$dev" bs=512 seek="$sector" count="$count" conv=notrunc,fsync status=none
+    dd if=/dev/zero of="$dev" bs=1 seek="$byte" count="$count" conv=notrunc,fsync status=none
     cli detach "$volume"
     refused "$words filesystem is damaged, or newer than this kernel" cli mount "$volume" /mnt/broken
     refused "hint: mend it: 'horcrux-cli attach VOLUME', '$1" cli mount "$volume" /mnt/broken
@@ -218,9 +272,9 @@ damage() {
     cli umount "$volume"
     cli volume rm "$volume" >/dev/null
 }
-# The group descriptors of ext4, the free space of XFS's first group.
-damage broken4 image 8 8 ext4 e2fsck -fy
-damage brokenx other 1 1 xfs xfs_repair
+# The group descriptors of ext4; in XFS's superblock how much is free.
+damage broken4 image 4096 4096 ext4 e2fsck -fy
+damage brokenx other 144 8 xfs xfs_repair
 say "a damaged filesystem is said to be so, and mended"
 
 cli volume rm v1 v2 x1 x2
