@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use harness::proxy::{Proxy, Reach};
 use harness::weed::{self, Weed};
-use harness::{Image, PATIENCE, Ran, Serve, cli, need, need_root, run, until, wait};
+use harness::{Image, PATIENCE, Ran, Serve, Tmpfs, cli, need, need_root, run, until, wait};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -338,6 +338,61 @@ fn a_mount_that_fails_leaves_nothing_behind() {
     );
     assert_eq!(driver.ok("VolumeDriver.Path", &json!({"Name": "v1"}))["Mountpoint"], "");
     driver.ok("VolumeDriver.Remove", &json!({"Name": "v1"}));
+    driver.stop();
+    server.stop();
+}
+
+/// Docker would not start the container a second time.
+#[test]
+fn a_mount_waits_for_a_daemon_that_is_being_restarted() {
+    if !need(&["curl"]) || !need_root("to put a guard below mounts") {
+        return;
+    }
+    let image = Image::sparse();
+    let state = image.state();
+    let server = Serve::daemon(&state).start();
+    let driver = Driver::start(&state);
+    driver.create("v1", &disk(&image));
+    server.stop();
+    std::thread::scope(|scope| {
+        let mount = || driver.refused("VolumeDriver.Mount", &json!({"Name": "v1", "ID": "a"}));
+        let mounting = scope.spawn(mount);
+        std::thread::sleep(Duration::from_secs(1));
+        let server = Serve::daemon(&state).start();
+        let said = mounting.join().unwrap();
+        assert!(said.contains("has no filesystem that is known here"), "{said}");
+        server.stop();
+    });
+    // One that does not come back is not waited for until Docker gives up.
+    let began = Instant::now();
+    let said = driver.refused("VolumeDriver.Mount", &json!({"Name": "v1", "ID": "a"}));
+    assert!(said.starts_with("no daemon answers at "), "{said}");
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    driver.stop();
+}
+
+#[test]
+fn what_a_full_disk_did_not_take_is_written_when_there_is_room_again() {
+    if !need(&["curl"]) {
+        return;
+    }
+    let Some(disk) = Tmpfs::mount(1) else { return };
+    let image = Image::sparse();
+    let state = image.state();
+    std::fs::create_dir_all(&state).unwrap();
+    std::os::unix::fs::symlink(disk.path(), state.join("driver")).unwrap();
+    let server = Serve::daemon(&state).start();
+    let driver = Driver::start(&state);
+    let noted = || -> Value {
+        serde_json::from_slice(&std::fs::read(disk.path().join("volumes.json")).unwrap()).unwrap()
+    };
+    assert!(until(PATIENCE, || noted()["is_new"] == false), "the daemon's volumes are not taken up");
+    let before = noted()["session"].as_u64().unwrap();
+    let filler = disk.fill(0);
+    driver.call("Plugin.Activate", &json!({}));
+    assert_eq!(noted()["session"], before);
+    std::fs::remove_file(filler).unwrap();
+    assert!(until(PATIENCE, || noted()["session"] == before + 1), "it is never written: {}", noted());
     driver.stop();
     server.stop();
 }

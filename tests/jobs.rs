@@ -109,6 +109,36 @@ fn a_pin_is_a_job_that_can_be_watched_and_cancelled() {
 }
 
 #[test]
+fn a_pin_ends_though_another_volume_waits_for_its_repository() {
+    if !weed::weed() {
+        return;
+    }
+    let weed = Weed::start();
+    let proxy = Proxy::http(weed.address());
+    let (image, other) = (Image::of(noise(74, 8 * MIB)), Image::of(noise(75, 8 * MIB)));
+    let (near, far) = (image.repo().display().to_string(), weed::url_at(proxy.address(), "repo"));
+    weed.store(&other, "repo");
+    let state = image.state();
+    let serve = Serve::daemon(&state).credentials(weed::ACCESS_KEY, weed::SECRET_KEY);
+    let server = serve.arg("--remote-timeout").arg("60").start();
+    ask(&state, &["volume", "create", "v", "--access", &near, "--name", "disk"]).ok();
+    ask(&state, &["volume", "create", "w", "--access", &far, "--name", "disk"]).ok();
+    let mut reader = Client::open(&server, "w");
+    reader.read(0, 4096).unwrap();
+    proxy.set_reach(Reach::Silent);
+    std::thread::scope(|scope| {
+        let reading = scope.spawn(move || reader.read(4 * MIB as u64, MIB));
+        std::thread::sleep(Duration::from_millis(500));
+        let pin = wait(&mut command(&state, &["pin", "v"]).spawn().unwrap(), Duration::from_secs(20));
+        assert!(pin.is_some_and(|status| status.success()), "it did not end: {}", job(&state));
+        assert!(!reading.is_finished(), "nothing was waited for");
+        proxy.set_reach(Reach::Here);
+        let _ = reading.join().unwrap();
+    });
+    server.stop();
+}
+
+#[test]
 fn a_pinned_volume_that_nobody_opened_yet_keeps_its_chunks() {
     let image = Image::of(noise(72, 10 * MIB));
     std::fs::write(image.raw_file(), noise(73, 24 * MIB)).unwrap();

@@ -26,6 +26,9 @@ const LONG: Duration = Duration::from_secs(110);
 const SHORT: Duration = Duration::from_secs(50);
 /// A mount is to be answered within half a minute; the daemon gives up before this.
 const MOUNT_LIMIT: Duration = Duration::from_secs(28);
+/// A daemon that is not there may be on its way, for so long; and how often it is looked for.
+const RESTART_LIMIT: Duration = Duration::from_secs(10);
+const RESTART_LOOK: Duration = Duration::from_millis(200);
 /// How long an inspection waits for what only the daemon knows.
 const LOOK_LIMIT: Duration = Duration::from_secs(2);
 /// What is tidied up must not keep a request waiting for long.
@@ -114,7 +117,8 @@ impl Driver {
         if !known.is_empty() {
             tracing::info!(volumes = known.len(), "taken up from the daemon");
         }
-        matches!(self.on_disk(move |ledger| ledger.take_up(&known)).await, Ok(Ok(())))
+        let driver = self.clone();
+        matches!(blocking(move || driver.ledger.take_up(&known)).await, Ok(Ok(())))
     }
 
     /// `docker volume create`. Asked again for what is there it changes nothing.
@@ -259,7 +263,8 @@ impl Driver {
     async fn tidy_once(self: &Arc<Self>) -> bool {
         let mounts = self.mounts.clone();
         let Ok(here) = tokio::task::spawn_blocking(move || names_in(&mounts)).await else { return false };
-        let mut all_well = self.on_disk(|ledger| ledger.catch_up()).await.unwrap_or(false);
+        let driver = self.clone();
+        let mut all_well = blocking(move || driver.ledger.catch_up()).await.unwrap_or(false);
         all_well &= self.take_up().await;
         for name in here {
             let deadline = Instant::now() + TIDY_LIMIT;
@@ -282,7 +287,16 @@ impl Driver {
         let guarded = dir.clone();
         blocking(move || mount::guard(&guarded)).await??;
         let wanted = Mount { directory: dir.display().to_string() };
-        self.daemon(deadline).mount(name, &wanted).await?;
+        let mut since = None;
+        // It may be being restarted: Docker would not start the container again.
+        while let Err(error) = self.daemon(deadline).mount(name, &wanted).await {
+            let away = *since.get_or_insert_with(Instant::now) + RESTART_LIMIT;
+            let is_away = error.is_away() || is_refusal(&error, "stopping");
+            if !is_away || Instant::now() >= deadline.min(away) {
+                return Err(error.into());
+            }
+            tokio::time::sleep(RESTART_LOOK).await;
+        }
         // A container must never get the bare directory for its data.
         if !blocking(move || mount::is_above_guard(&dir)).await?? {
             return Err(DriverError::ElsewhereMounted(name.to_owned()));
@@ -336,7 +350,11 @@ impl Driver {
         change: impl FnOnce(&Ledger) -> T + Send + 'static,
     ) -> Result<T, DriverError> {
         let driver = self.clone();
-        blocking(move || change(&driver.ledger)).await
+        let done = blocking(move || change(&driver.ledger)).await;
+        if self.ledger.is_behind() {
+            self.untidy.notify_one();
+        }
+        done
     }
 
     /// The volume's turn, once whoever has it is done.

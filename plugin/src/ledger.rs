@@ -238,9 +238,14 @@ impl Ledger {
         });
     }
 
+    /// Whether what is in memory is not on the disk ([`Ledger::catch_up`]).
+    pub fn is_behind(&self) -> bool {
+        self.is_behind.load(Ordering::Acquire)
+    }
+
     /// Writes what could not be written; `false` where it can't be yet.
     pub fn catch_up(&self) -> bool {
-        !self.is_behind.load(Ordering::Acquire) || self.change(|_| {}).is_ok()
+        !self.is_behind() || self.change(|_| {}).is_ok()
     }
 
     fn now(&self) -> Arc<Content> {
@@ -256,7 +261,7 @@ impl Ledger {
         if content.volumes == now.volumes
             && content.session == now.session
             && content.is_new == now.is_new
-            && !self.is_behind.load(Ordering::Acquire)
+            && !self.is_behind()
         {
             return Ok(());
         }

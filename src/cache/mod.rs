@@ -35,6 +35,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{Semaphore, oneshot};
@@ -190,6 +191,19 @@ impl Cache {
     pub fn contains(&self, id: &ChunkId) -> bool {
         let shard = self.inner.index.shard(id);
         shard.place(id).is_some() || shard.staged.contains_key(id)
+    }
+
+    /// Waits until these have been written (not synced), or could not be; what is inserted meanwhile is waited for too.
+    pub async fn written_of(&self, mut ids: Vec<ChunkId>) {
+        const LOOK: Duration = Duration::from_millis(20);
+        loop {
+            ids.retain(|id| self.inner.index.shard(id).staged.contains_key(id));
+            // A writer that panicked leaves what it was to write.
+            if ids.is_empty() || self.writer.as_ref().is_none_or(JoinHandle::is_finished) {
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Never evicts these from now on, as long as this cache is open.

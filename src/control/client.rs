@@ -63,6 +63,15 @@ impl ClientError {
             _ => None,
         }
     }
+
+    /// Whether the daemon is not there, or went away in the middle of it: one that is restarted can be asked again.
+    pub fn is_away(&self) -> bool {
+        match self {
+            ClientError::NoDaemon { source, .. } => source.kind() != io::ErrorKind::PermissionDenied,
+            ClientError::Broken(_) => true,
+            _ => false,
+        }
+    }
 }
 
 /// A volume that was asked for.

@@ -183,12 +183,13 @@ impl Host {
     /// Lets a volume leave the cache again. It must not be being pinned.
     pub async fn unpin(self: &Arc<Self>, name: &VolumeName) -> Result<(), HostError> {
         let entry = self.entry(name)?;
-        let _turn = entry.turn.lock().await;
+        let turn = entry.turn.lock().await;
         self.record(name, &entry)?;
         self.refuse_with_a_job(name)?;
         let dir = self.state.volume_dir(name.as_str());
         let unpinning = move || pin::unpin(&dir);
         tokio::task::spawn_blocking(unpinning).await.map_err(|_| HostError::Stopping)??;
+        drop(turn);
         self.keep_what_is_pinned().await;
         tracing::info!(volume = %name, "unpinned");
         Ok(())

@@ -178,7 +178,7 @@ impl Host {
         let made = self.create_in_turn(new, &entry).await;
         drop(turn);
         if made.is_err() {
-            self.forget_if_not_there(&new.name, &entry);
+            self.forget_what_is_not_there(entry);
         }
         let is_new = made?;
         Ok((self.inspect(&new.name)?, is_new))
@@ -220,14 +220,18 @@ impl Host {
         self.refuse_with_a_job(name)?;
         self.close_in_turn(name, &entry).await?;
         let (state, removed) = (self.state.clone(), name.clone());
-        let removing = move || volume::remove(&state, &removed);
-        tokio::task::spawn_blocking(removing).await.map_err(|_| HostError::Stopping)??;
+        let removing = move || {
+            let was_pinned = volume::pin::is_pinned(&state.volume_dir(removed.as_str()));
+            volume::remove(&state, &removed).map(|_| was_pinned)
+        };
+        let was_pinned = tokio::task::spawn_blocking(removing).await.map_err(|_| HostError::Stopping)??;
         entry.now.write().record = None;
         drop(turn);
-        self.forget_if_not_there(name, &entry);
+        self.forget_what_is_not_there(entry);
         tracing::info!(volume = %name, "taken away");
-        // If it was pinned, its chunks are to be kept no more.
-        self.keep_what_is_pinned().await;
+        if was_pinned {
+            self.keep_what_is_pinned().await;
+        }
         self.free_what_is_left_of(&record).await;
         Ok(())
     }
@@ -336,13 +340,12 @@ impl Host {
         HostError::NoVolume { volume: name.to_string(), known }
     }
 
-    /// An entry that nobody waits for, of a volume that is not there, would stay for ever.
-    fn forget_if_not_there(&self, name: &VolumeName, entry: &Arc<Entry>) {
-        let mut volumes = self.volumes.lock();
-        // Two: the map's and the caller's. Whoever has another one found it in the map, under this lock.
-        if Arc::strong_count(entry) == 2 && entry.now.read().record.is_none() {
-            volumes.remove(name);
-        }
+    /// Forgets entries of volumes that are not there: they would stay for ever. One that somebody else has is left to the next time.
+    fn forget_what_is_not_there(&self, entry: Arc<Entry>) {
+        drop(entry);
+        // One: the map's. Whoever has another one found it in the map, under this lock.
+        let is_there = |entry: &Arc<Entry>| Arc::strong_count(entry) > 1 || entry.now.read().record.is_some();
+        self.volumes.lock().retain(|_, entry| is_there(entry));
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Volume, VolumeError};
 use crate::cache::Cache;
+use crate::durable::replace_file;
 use crate::format::ChunkId;
 use crate::repo::{RepoError, Version};
 use crate::units::{BlockIndex, ByteLen};
@@ -81,17 +82,17 @@ impl Volume {
             |so_far: ByteLen| progress.done.store((here + so_far.0).min(needed.0), Ordering::Relaxed);
         brought(ByteLen(0));
         let brought = super::prefetch::fetch_everything(base, None, brought, Err).await?;
-        cache.written().await;
+        // Of these alone: other volumes' fetches may never end.
+        cache.written_of(chunks.iter().copied().collect()).await;
         if let Some(missing) = chunks.iter().find(|id| !cache.contains(id)) {
             return Err(VolumeError::NotKept { volume: self.name().to_owned(), chunk: *missing });
         }
         if let Some(dir) = &self.dir {
             let path = dir.join(PIN_MARK);
-            crate::durable::replace_file(&path, b"").map_err(|source| VolumeError::Io {
-                action: "write",
-                path,
-                source,
-            })?;
+            let mark = path.clone();
+            let marked = tokio::task::spawn_blocking(move || replace_file(&mark, b"")).await;
+            let marked = marked.unwrap_or_else(|error| Err(error.into()));
+            marked.map_err(|source| VolumeError::Io { action: "write", path, source })?;
         }
         Ok(brought)
     }
