@@ -261,7 +261,8 @@ fn inspect(volume: &Volume) -> Result<(), Error> {
     match &volume.open {
         Some(open) => {
             let dirty = ByteLen(open.dirty_bytes).human();
-            say!("  open: {} NBD connections, {dirty} changed", open.connections);
+            let connections = if open.connections == 1 { "connection" } else { "connections" };
+            say!("  open: {} NBD {connections}, {dirty} changed", open.connections);
         }
         None => say!("  not open: it is when it is asked for"),
     }

@@ -143,13 +143,18 @@ nothing_mounted || fail "it is mounted still"
 say "mounted and unmounted as Docker would not"
 
 # use_of PID: what a process has in memory, in KiB, and how many files open.
-use_of() { echo "$(awk '/^VmRSS/ {print $2}' "/proc/$1/status") KiB, $(ls "/proc/$1/fd" | wc -l) files"; }
+memory_of() { awk '/^VmRSS/ {print $2}' "/proc/$1/status"; }
+use_of() { echo "$(memory_of "$1") KiB, $(ls "/proc/$1/fd" | wc -l) files"; }
 for loop in $(seq "$LOOPS"); do
     [ $((loop % 20)) != 1 ] || say "round $loop: daemon $(use_of "$server_pid"); driver $(use_of "$driver_pid"); $(docker volume ls -q | wc -l) volumes, $(connected) devices"
     docker volume create -d horcrux-nbd -o name=image -o access="$REPO" "loop$loop" >/dev/null
     run -v "loop$loop:/data" tools sh -c 'echo >/data/x'
     docker volume rm "loop$loop" >/dev/null
+    # Half of the rounds have filled what is kept for reuse.
+    [ $loop != $((LOOPS / 2)) ] || before=$(($(memory_of "$server_pid") + $(memory_of "$driver_pid")))
 done
+after=$(($(memory_of "$server_pid") + $(memory_of "$driver_pid")))
+[ "$LOOPS" -lt 100 ] || [ $after -le $((before + 4096)) ] || fail "daemon and driver grew from $before to $after KiB"
 wait_until "devices to be let go" nothing_connected
 say "$LOOPS times made, run and removed: daemon $(use_of "$server_pid"); driver $(use_of "$driver_pid")"
 
