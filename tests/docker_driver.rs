@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use harness::proxy::{Proxy, Reach};
 use harness::weed::{self, Weed};
-use harness::{Image, PATIENCE, Ran, Serve, Tmpfs, cli, need, need_root, run, until, wait};
+use harness::{Image, PATIENCE, Ran, Serve, Server, Tmpfs, cli, need, need_root, run, until, wait};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -111,6 +111,16 @@ fn disk(image: &Image) -> Value {
     json!({"name": "disk", "access": image.repo()})
 }
 
+/// A volume v1 of an image without a filesystem, with its daemon and its driver. What is first goes last: the image holds everything.
+fn one_volume() -> (Image, PathBuf, Server, Driver) {
+    let image = Image::sparse();
+    let state = image.state();
+    let server = Serve::daemon(&state).start();
+    let driver = Driver::start(&state);
+    driver.create("v1", &disk(&image));
+    (image, state, server, driver)
+}
+
 fn volume(state: &Path, args: &[&str]) -> Ran {
     run(cli().arg("volume").args(args).arg("--state-dir").arg(state))
 }
@@ -159,11 +169,7 @@ fn docker_s_calls_make_show_and_remove_volumes() {
 
 #[test]
 fn what_docker_can_t_have_is_refused_with_words() {
-    let image = Image::sparse();
-    let state = image.state();
-    let server = Serve::daemon(&state).start();
-    let driver = Driver::start(&state);
-    driver.create("v1", &disk(&image));
+    let (image, state, server, driver) = one_volume();
     let repo = image.repo();
     let repo = repo.to_str().unwrap();
     for (name, options, words) in [
@@ -259,11 +265,7 @@ fn what_docker_can_t_have_is_refused_with_words() {
 
 #[test]
 fn what_docker_knows_is_answered_with_the_daemon_away() {
-    let image = Image::sparse();
-    let state = image.state();
-    let server = Serve::daemon(&state).start();
-    let driver = Driver::start(&state);
-    driver.create("v1", &disk(&image));
+    let (image, state, server, driver) = one_volume();
     server.stop();
     let shown = driver.ok("VolumeDriver.Get", &json!({"Name": "v1"}));
     assert_eq!(shown["Volume"]["Name"], "v1");
@@ -323,11 +325,7 @@ fn a_mount_that_fails_leaves_nothing_behind() {
     if !need(&["curl"]) || !need_root("to put a guard below mounts") {
         return;
     }
-    let image = Image::sparse();
-    let state = image.state();
-    let server = Serve::daemon(&state).start();
-    let driver = Driver::start(&state);
-    driver.create("v1", &disk(&image));
+    let (_image, state, server, driver) = one_volume();
     let said = driver.refused("VolumeDriver.Mount", &json!({"Name": "v1", "ID": "a"}));
     assert!(said.contains("has no filesystem that is known here"), "{said}");
     // Docker sends no Unmount after this.
@@ -348,11 +346,7 @@ fn a_mount_waits_for_a_daemon_that_is_being_restarted() {
     if !need(&["curl"]) || !need_root("to put a guard below mounts") {
         return;
     }
-    let image = Image::sparse();
-    let state = image.state();
-    let server = Serve::daemon(&state).start();
-    let driver = Driver::start(&state);
-    driver.create("v1", &disk(&image));
+    let (_image, state, server, driver) = one_volume();
     server.stop();
     std::thread::scope(|scope| {
         let mount = || driver.refused("VolumeDriver.Mount", &json!({"Name": "v1", "ID": "a"}));

@@ -117,8 +117,7 @@ impl Driver {
         if !known.is_empty() {
             tracing::info!(volumes = known.len(), "taken up from the daemon");
         }
-        let driver = self.clone();
-        matches!(blocking(move || driver.ledger.take_up(&known)).await, Ok(Ok(())))
+        matches!(self.in_ledger(move |ledger| ledger.take_up(&known)).await, Ok(Ok(())))
     }
 
     /// `docker volume create`. Asked again for what is there it changes nothing.
@@ -263,8 +262,7 @@ impl Driver {
     async fn tidy_once(self: &Arc<Self>) -> bool {
         let mounts = self.mounts.clone();
         let Ok(here) = tokio::task::spawn_blocking(move || names_in(&mounts)).await else { return false };
-        let driver = self.clone();
-        let mut all_well = blocking(move || driver.ledger.catch_up()).await.unwrap_or(false);
+        let mut all_well = self.in_ledger(Ledger::catch_up).await.unwrap_or(false);
         all_well &= self.take_up().await;
         for name in here {
             let deadline = Instant::now() + TIDY_LIMIT;
@@ -345,12 +343,20 @@ impl Driver {
     }
 
     /// Changes the memory, on a thread that may wait for the disk.
-    async fn on_disk<T: Send + 'static>(
+    async fn in_ledger<T: Send + 'static>(
         self: &Arc<Self>,
         change: impl FnOnce(&Ledger) -> T + Send + 'static,
     ) -> Result<T, DriverError> {
         let driver = self.clone();
-        let done = blocking(move || change(&driver.ledger)).await;
+        blocking(move || change(&driver.ledger)).await
+    }
+
+    /// The same for who can't wait until the disk takes it: what it does not take now is written when things are tidied up.
+    async fn on_disk<T: Send + 'static>(
+        self: &Arc<Self>,
+        change: impl FnOnce(&Ledger) -> T + Send + 'static,
+    ) -> Result<T, DriverError> {
+        let done = self.in_ledger(change).await;
         if self.ledger.is_behind() {
             self.untidy.notify_one();
         }

@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use clap::{CommandFactory, Parser};
 use horcrux::control::{self, Listener, TlsError, TlsFiles, socket_of};
+use horcrux::durable::replace_file;
 use horcrux::kernel::{KernelError, mount};
 use horcrux::lock::{FileLock, LockError};
 use horcrux::volume::{VolumeName, default_state_dir};
@@ -92,17 +93,23 @@ enum Error {
     Kernel(#[from] KernelError),
 }
 
+impl Error {
+    /// What the system refused.
+    fn of(action: &'static str, path: Option<&Path>) -> impl FnOnce(io::Error) -> Error {
+        let path = path.map(Path::to_owned);
+        move |source| Error::System { action, path, source }
+    }
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     logs.with_ansi(false).with_target(false).init();
     let done = match &args.manual {
-        Some(dir) => horcrux::manual::write(Args::command(), dir).map_err(|source| Error::System {
-            action: "write the manual to",
-            path: Some(dir.clone()),
-            source,
-        }),
+        Some(dir) => {
+            horcrux::manual::write(Args::command(), dir).map_err(Error::of("write the manual to", Some(dir)))
+        }
         None => run(args),
     };
     match done {
@@ -116,60 +123,30 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<(), Error> {
     let state_dir = args.state_dir.or_else(default_state_dir).ok_or(Error::NoStateDir)?;
-    let state_dir = std::path::absolute(&state_dir).map_err(|source| Error::System {
-        action: "find",
-        path: Some(state_dir),
-        source,
-    })?;
+    let state_dir = std::path::absolute(&state_dir).map_err(Error::of("find", Some(&state_dir)))?;
     // Before there is any other thread: it takes what it found out of the environment.
-    let given = ListenFd::from_env().take_unix_listener(0).map_err(|source| Error::System {
-        action: "use the service manager's socket",
-        path: None,
-        source,
-    })?;
-    let runtime = tokio::runtime::Runtime::new().map_err(|source| Error::System {
-        action: "start",
-        path: None,
-        source,
-    })?;
+    let given = ListenFd::from_env()
+        .take_unix_listener(0)
+        .map_err(Error::of("use the service manager's socket", None))?;
+    let runtime = tokio::runtime::Runtime::new().map_err(Error::of("start", None))?;
     let dir = state_dir.join("driver");
-    let make = |dir: &Path| {
-        make_private(dir).map_err(|source| Error::System {
-            action: "make",
-            path: Some(dir.to_owned()),
-            source,
-        })
-    };
-    make(&dir)?;
-    let mounts = match args.mounts {
-        Some(mounts) => {
-            claim(&mounts)?;
-            mounts
-        }
-        None => {
-            let mounts = state_dir.join("mounts");
-            make(&mounts)?;
-            mounts
-        }
-    };
+    make_private(&dir)?;
+    let own = state_dir.join("mounts");
+    match &args.mounts {
+        Some(mounts) => claim(mounts)?,
+        None => make_private(&own)?,
+    }
+    let mounts = args.mounts.unwrap_or(own);
     // Held to the end: two drivers would count apart from each other.
     let lock = dir.join("lock");
     let _lock = FileLock::take(&lock).map_err(|error| match error {
         LockError::InUse { .. } => Error::InUse { dir: dir.clone(), source: error },
-        LockError::Io(source) => Error::System { action: "lock", path: Some(lock.clone()), source },
+        LockError::Io(source) => Error::of("lock", Some(&lock))(source),
     })?;
     let boot = Path::new("/proc/sys/kernel/random/boot_id");
-    let boot = std::fs::read_to_string(boot).map_err(|source| Error::System {
-        action: "read",
-        path: Some(boot.to_owned()),
-        source,
-    })?;
+    let boot = std::fs::read_to_string(boot).map_err(Error::of("read", Some(boot)))?;
     // As the kernel names what is mounted there.
-    let mounts = mounts.canonicalize().map_err(|source| Error::System {
-        action: "find",
-        path: Some(mounts.clone()),
-        source,
-    })?;
+    let mounts = mounts.canonicalize().map_err(Error::of("find", Some(&mounts)))?;
     let mounted = mount::mounted_below(&mounts)?;
     let names = mounted.iter().filter_map(|dir| dir.file_name()?.to_str());
     let names: Vec<String> =
@@ -213,11 +190,7 @@ impl Place {
 }
 
 async fn serve(driver: Driver, place: &Place, given: Option<StdUnixListener>) -> Result<(), Error> {
-    let stop = stop_on_signals().map_err(|source| Error::System {
-        action: "listen for signals",
-        path: None,
-        source,
-    })?;
+    let stop = stop_on_signals().map_err(Error::of("listen for signals", None))?;
     let (listener, ours) = place.bind(given).await?;
     let driver = Arc::new(driver);
     // Before the first question, if the daemon is there.
@@ -241,10 +214,11 @@ fn tell_manager(state: NotifyState<'_>) {
 }
 
 /// Nobody but its owner comes to what is there: a volume may hold programs that run as root.
-fn make_private(dir: &Path) -> io::Result<()> {
+fn make_private(dir: &Path) -> Result<(), Error> {
     use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-    std::fs::DirBuilder::new().recursive(true).mode(0o711).create(dir)?;
-    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o711).create(dir);
+    made.and_then(|()| std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)))
+        .map_err(Error::of("make", Some(dir)))
 }
 
 /// Marks a directory that only drivers use.
@@ -252,18 +226,17 @@ const OURS: &str = ".horcrux";
 
 /// Takes a directory for mounts, and for nothing else: what a driver finds there and does not know is unmounted and removed.
 fn claim(dir: &Path) -> Result<(), Error> {
-    let failed = |action| move |source| Error::System { action, path: Some(dir.to_owned()), source };
-    let there = std::fs::read_dir(dir);
-    let is_new = match there {
+    let is_new = match std::fs::read_dir(dir) {
         Ok(mut entries) => entries.next().is_none(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => true,
-        Err(error) => return Err(failed("read")(error)),
+        Err(error) => return Err(Error::of("read", Some(dir))(error)),
     };
     if !is_new && !dir.join(OURS).exists() {
         return Err(Error::NotOurs { dir: dir.to_owned() });
     }
-    make_private(dir).map_err(failed("make"))?;
-    std::fs::write(dir.join(OURS), "").map_err(failed("mark"))
+    make_private(dir)?;
+    // Before anything else is in it, also after a power cut: else it would be somebody else's for ever.
+    if is_new { replace_file(&dir.join(OURS), b"").map_err(Error::of("mark", Some(dir))) } else { Ok(()) }
 }
 
 fn stop_on_signals() -> io::Result<CancellationToken> {

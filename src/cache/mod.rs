@@ -193,16 +193,15 @@ impl Cache {
         shard.place(id).is_some() || shard.staged.contains_key(id)
     }
 
-    /// Waits until these have been written (not synced), or could not be; what is inserted meanwhile is waited for too.
-    pub async fn written_of(&self, mut ids: Vec<ChunkId>) {
+    /// Waits until those of these that were inserted have been written (not synced), or could not be.
+    pub async fn written_of(&self, ids: impl IntoIterator<Item = &ChunkId>) {
         const LOOK: Duration = Duration::from_millis(20);
-        loop {
-            ids.retain(|id| self.inner.index.shard(id).staged.contains_key(id));
-            // A writer that panicked leaves what it was to write.
-            if ids.is_empty() || self.writer.as_ref().is_none_or(JoinHandle::is_finished) {
-                return;
-            }
+        let is_staged = |id: &ChunkId| self.inner.index.shard(id).staged.contains_key(id);
+        let mut waiting: Vec<ChunkId> = ids.into_iter().copied().filter(is_staged).collect();
+        // A writer that panicked leaves what it was to write.
+        while !waiting.is_empty() && self.writer.as_ref().is_some_and(|writer| !writer.is_finished()) {
             tokio::time::sleep(LOOK).await;
+            waiting.retain(is_staged);
         }
     }
 

@@ -165,10 +165,11 @@ impl Host {
         };
         // The newest first: one may lie on another.
         for dir in going.iter().rev() {
-            apart::unmount_dir(dir).await?;
-            tracing::info!(volume = %name, device = %device.display(), dir = %dir.display(), "unmounted");
+            // With a mount its replicas go too.
+            if apart::unmount_dir(dir).await? {
+                tracing::info!(volume = %name, device = %device.display(), dir = %dir.display(), "unmounted");
+            }
         }
-        // Looked at again: with a mount its replicas go too.
         let left = tokio::task::spawn_blocking(move || mount::mounts_of(&device));
         Ok(left.await.map_err(|_| HostError::Stopping)??.is_empty())
     }

@@ -4,6 +4,7 @@
 //! could not end: the thread that waits can't be woken, and would hold open the very sockets whose end the device must see before another server can answer it. The other process has no
 //! descriptor of this one.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -138,7 +139,8 @@ pub fn perform(task: &str) -> ExitCode {
         }
     };
     match serde_json::to_string(&answer) {
-        Ok(line) => println!("{line}"),
+        // Who asked may have been killed meanwhile.
+        Ok(line) => drop(writeln!(std::io::stdout(), "{line}")),
         Err(_) => return ExitCode::FAILURE,
     }
     if claimed.is_some() {

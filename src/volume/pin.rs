@@ -83,7 +83,7 @@ impl Volume {
         brought(ByteLen(0));
         let brought = super::prefetch::fetch_everything(base, None, brought, Err).await?;
         // Of these alone: other volumes' fetches may never end.
-        cache.written_of(chunks.iter().copied().collect()).await;
+        cache.written_of(&chunks).await;
         if let Some(missing) = chunks.iter().find(|id| !cache.contains(id)) {
             return Err(VolumeError::NotKept { volume: self.name().to_owned(), chunk: *missing });
         }

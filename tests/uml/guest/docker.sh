@@ -142,7 +142,7 @@ docker volume rm v2 >/dev/null
 nothing_mounted || fail "it is mounted still"
 say "mounted and unmounted as Docker would not"
 
-# use_of PID: what a process has in memory, in KiB, and how many files open.
+# memory_of PID: what a process has in memory, in KiB; use_of PID: that, and how many files open.
 memory_of() { awk '/^VmRSS/ {print $2}' "/proc/$1/status"; }
 use_of() { echo "$(memory_of "$1") KiB, $(ls "/proc/$1/fd" | wc -l) files"; }
 for loop in $(seq "$LOOPS"); do
