@@ -35,9 +35,9 @@ script=$(readlink -f "$1")
 shift
 [ -f "$script" ] || { echo "run.sh: no script $script" >&2; exit 2; }
 
-for tool in linux.uml busybox insmod; do
+for tool in linux.uml busybox insmod cc; do
     command -v "$tool" >/dev/null || [ -x "/sbin/$tool" ] ||
-        { echo "run.sh: $tool is missing: apt-get install user-mode-linux busybox-static kmod" >&2; exit 2; }
+        { echo "run.sh: $tool is missing: apt-get install user-mode-linux busybox-static kmod gcc" >&2; exit 2; }
 done
 
 fresh=
@@ -79,9 +79,12 @@ uml_dir=$(mktemp -d /tmp/uml.XXXXXX)
 # hostfs keeps a file of the host open for each one the guest knows.
 ulimit -n "$(ulimit -Hn)"
 
+# Where the processor has registers that this kernel does not know of.
+cc -O1 -Wall -shared -fPIC -o "$out/xstate.so" "$here/xstate.c" -ldl
+
 # A session of its own: a killed kernel leaves its traced processes behind, and killing the group by the id
 # we were given takes them all at once, as a power cut does.
-TMPDIR=$mem_dir setsid linux.uml "mem=$mem" rootfstype=hostfs root=/dev/root rw hostfs=/ \
+TMPDIR=$mem_dir LD_PRELOAD=$out/xstate.so setsid linux.uml "mem=$mem" rootfstype=hostfs root=/dev/root rw hostfs=/ \
     "init=$here/init.sh" "UML_OUT=$out" "uml_dir=$uml_dir/" con0=fd:0,fd:1 con=null quiet panic=-1 \
     "${disks[@]}" </dev/null >"$out/console" 2>&1 &
 pid=$!
