@@ -10,6 +10,7 @@ mod options;
 mod routes;
 mod words;
 
+use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
@@ -20,7 +21,7 @@ use std::sync::Arc;
 
 use clap::{CommandFactory, Parser};
 use horcrux::control::{self, Listener, TlsError, TlsFiles, socket_of};
-use horcrux::durable::replace_file;
+use horcrux::durable::sync_dir;
 use horcrux::kernel::{KernelError, mount};
 use horcrux::lock::{FileLock, LockError};
 use horcrux::volume::{VolumeName, default_state_dir};
@@ -235,8 +236,12 @@ fn claim(dir: &Path) -> Result<(), Error> {
         return Err(Error::NotOurs { dir: dir.to_owned() });
     }
     make_private(dir)?;
-    // Before anything else is in it, also after a power cut: else it would be somebody else's for ever.
-    if is_new { replace_file(&dir.join(OURS), b"").map_err(Error::of("mark", Some(dir))) } else { Ok(()) }
+    if !is_new {
+        return Ok(());
+    }
+    // Durably, and before anything else is in it: else it would be somebody else's for ever. By its name alone: a temporary file that a crash left would be something else.
+    let marked = File::create(dir.join(OURS)).and_then(|mark| mark.sync_all());
+    marked.and_then(|()| sync_dir(dir)).map_err(Error::of("mark", Some(dir)))
 }
 
 fn stop_on_signals() -> io::Result<CancellationToken> {
