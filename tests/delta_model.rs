@@ -78,6 +78,22 @@ impl Model {
         }
     }
 
+    /// After a kill: each page is what was acknowledged last, or what was being written.
+    fn check_after_kill(&mut self, delta: &Delta, unsure: &[u64], seed: u64) {
+        for (page, versions) in self.versions.iter_mut().enumerate() {
+            let found = read_page(delta, page as u64)
+                .unwrap_or_else(|error| panic!("seed {seed}: page {page} is {error} after a kill"));
+            let known =
+                if unsure.contains(&(page as u64)) { &versions[..] } else { &versions[versions.len() - 1..] };
+            assert!(
+                known.contains(&found),
+                "seed {seed}: page {page} is {found:?} after a kill, not of {known:?}"
+            );
+            // It is no safer from a power cut than before.
+            versions.push(found);
+        }
+    }
+
     /// After a crash: each page is one of its versions; from here on that is what it is.
     fn check_after_crash(&mut self, delta: &Delta, seed: u64) {
         for (page, versions) in self.versions.iter_mut().enumerate() {
@@ -112,7 +128,7 @@ fn run_sequence(seed: u64) {
             let first = if dice.below(2) == 0 { dice.below(40) } else { dice.below(PAGES) };
             let longest = if dice.below(8) == 0 { 600 } else { 12 };
             let len = (1 + dice.below(longest)).min(PAGES - first);
-            match dice.below(41) {
+            match dice.below(44) {
                 0..=22 => {
                     let bytes: Vec<u8> = (0..len).flat_map(|page| stamped(stamp + 1 + page)).collect();
                     // Even a write that fails may have reached the disk page by page.
@@ -136,9 +152,10 @@ fn run_sequence(seed: u64) {
                 },
                 35 => {
                     // A sync fails, or the server is killed at one; the next server goes on from what the kernel shows.
-                    match dice.below(3) {
-                        0 => disk.fail_next_sync(&mut dice),
-                        1 => disk.kill_at_next_sync(None),
+                    let failed = dice.below(3) == 0;
+                    match dice.below(2) {
+                        _ if failed => disk.fail_next_sync(&mut dice),
+                        0 => disk.kill_at_next_sync(None),
                         _ => disk.kill_at_next_sync(Some(&mut dice)),
                     }
                     if delta.flush().is_ok() {
@@ -152,7 +169,32 @@ fn run_sequence(seed: u64) {
                             break;
                         }
                     };
-                    model.check_after_crash(&delta, seed);
+                    if failed {
+                        model.check_after_crash(&delta, seed);
+                    } else {
+                        model.check_after_kill(&delta, &[], seed);
+                    }
+                }
+                41 | 42 => {
+                    // Killed between two requests, or in the middle of a write.
+                    let mut unsure = Vec::new();
+                    if dice.below(2) == 0 {
+                        let bytes: Vec<u8> = (0..len).flat_map(|page| stamped(stamp + 1 + page)).collect();
+                        for page in 0..len {
+                            model.set(first + page, Content::Stamp(stamp + 1 + page));
+                            unsure.push(first + page);
+                        }
+                        stamp += len;
+                        disk.kill_at_write(dice.below(4));
+                        let _ = delta.write(PageIndex(first), &bytes);
+                    }
+                    disk.kill();
+                    delta = match reopen(&disk) {
+                        Ok(delta) => delta,
+                        Err(_) if disk.is_off() => break,
+                        Err(error) => panic!("seed {seed}: {error}"),
+                    };
+                    model.check_after_kill(&delta, &unsure, seed);
                 }
                 36 => {
                     if delta.flush().is_err() {
@@ -173,7 +215,7 @@ fn run_sequence(seed: u64) {
             model.check_now(&delta, seed);
         }
         // The power goes; it may go again while the log is being repaired.
-        disk = disk.crash(&mut dice);
+        disk = if dice.below(3) == 0 { disk.pull_out(&mut dice) } else { disk.crash(&mut dice) };
         if dice.below(3) == 0 {
             disk.cut_power_after(dice.below(3));
             let _ = reopen(&disk);

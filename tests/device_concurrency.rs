@@ -281,6 +281,10 @@ impl Dir for SlowReads<Box<dyn Dir>> {
         self.0.sync()
     }
 
+    fn boot(&self) -> [u8; 16] {
+        self.0.boot()
+    }
+
     fn describe(&self, name: &str) -> PathBuf {
         self.0.describe(name)
     }

@@ -164,6 +164,9 @@ impl Dir for WatchedDir {
     fn sync(&self) -> io::Result<()> {
         Dir::sync(&self.0)
     }
+    fn boot(&self) -> [u8; 16] {
+        self.0.boot()
+    }
     fn describe(&self, name: &str) -> PathBuf {
         self.0.describe(name)
     }

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// An open file.
@@ -40,6 +41,8 @@ pub trait Dir: Send + Sync {
     fn remove(&self, name: &str) -> io::Result<()>;
     /// Makes all creations, renames and removals so far durable.
     fn sync(&self) -> io::Result<()>;
+    /// Names the run of the kernel that has in memory what is not synced: with the next one that is lost.
+    fn boot(&self) -> [u8; 16];
     /// The file's path, for messages.
     fn describe(&self, name: &str) -> PathBuf;
 }
@@ -82,9 +85,22 @@ impl Dir for OsDir {
         crate::durable::sync_dir(&self.path)
     }
 
+    fn boot(&self) -> [u8; 16] {
+        *BOOT.get_or_init(this_boot)
+    }
+
     fn describe(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
+}
+
+static BOOT: OnceLock<[u8; 16]> = OnceLock::new();
+
+/// The kernel's name for its own run. Where it does not say, no other server's is the same.
+fn this_boot() -> [u8; 16] {
+    let told = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok();
+    let told = told.and_then(|told| crate::format::ids::parse_hex(&told.trim().replace('-', "")));
+    told.unwrap_or_else(|| *uuid::Uuid::new_v4().as_bytes())
 }
 
 struct OsFile {

@@ -8,10 +8,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
+use smallvec::SmallVec;
 
 use crate::format::CommitId;
 use crate::format::delta::{
-    LayerId, MapHeader, PageKind, PageState, Record, Slot, VolumeId, decode_data_header, encode_data_header,
+    LayerId, MapHeader, PageKind, PageState, Record, Slot, TailEntry, VolumeId, decode_data_header,
+    encode_data_header,
 };
 use crate::units::{ByteLen, PAGE_SIZE, PageIndex};
 
@@ -21,6 +23,7 @@ use super::in_place::InPlace;
 use super::log::{Log, MAP_FILE};
 use super::page_map::PageMap;
 use super::slots::Slots;
+use super::tail::{self, Tails};
 
 /// Name of the file with the pages.
 pub const DATA_FILE: &str = "data";
@@ -83,7 +86,7 @@ struct Journal {
 
 /// A layer that takes writes, or a sealed one that is only read.
 ///
-/// Locks are taken in the order `journal`, `gate`, `shared`, `slots`.
+/// Locks are taken in the order `journal`, `gate`, `tails`, `shared`, `slots`.
 pub struct Layer {
     dir: Box<dyn Dir>,
     data: Box<dyn File>,
@@ -91,6 +94,8 @@ pub struct Layer {
     gate: RwLock<()>,
     shared: RwLock<Shared>,
     slots: Mutex<Slots>,
+    /// What a kill must not take.
+    tails: Mutex<Tails>,
     in_place: InPlace,
     journal: Mutex<Journal>,
     /// Numbers FLUSHes, so that one commit serves all that came before its capture.
@@ -120,10 +125,11 @@ impl Layer {
         };
         // Syncs the directory too, so both files are there or the layer is not.
         let log = Log::write_new(&*dir, header, std::iter::empty())?;
-        Ok(Layer::assemble(dir, data, log, PageMap::new(device_pages(identity)), Slots::new()))
+        let tails = Tails::new(id, dir.boot(), log.position());
+        Ok(Layer::assemble(dir, data, log, PageMap::new(device_pages(identity)), Slots::new(), tails))
     }
 
-    /// Opens a layer and replays its log.
+    /// Opens a layer and replays its log. What a server that was killed had acknowledged since is committed, if there is space for that.
     pub fn open(dir: Box<dyn Dir>, identity: &Identity) -> Result<Layer, DeltaError> {
         let path = &dir.describe(DATA_FILE);
         let data_failed = |action| move |source| DeltaError::io(action, path.clone(), source);
@@ -148,34 +154,73 @@ impl Layer {
         let mut log = replayed.log;
         check_identity(log.header(), identity, data_id, &*dir)?;
 
-        let mut slots = Slots::new();
-        for record in pages.records() {
-            let PageKind::Data(slot) = record.state.kind() else { continue };
-            // Only now: records that later ones replaced may name slots that were cut off since.
-            if u64::from(slot.0) + u64::from(record.pages) > file_slots {
-                return Err(damaged(log.len(), "the map names slots past the end of the data"));
-            }
-            if !slots.adopt(slot, record.pages) {
-                return Err(damaged(log.len(), "two pages claim one slot"));
+        let mut slots = taken(&pages, file_slots).map_err(|problem| damaged(log.len(), problem))?;
+        let (mut tails, recovered) = Tails::open(&*dir, data_id, log.position())?;
+        let mut said = Vec::new();
+        if !recovered.is_empty() {
+            let after = recovered.onto(&pages, &*data).map_err(data_failed("read"))?;
+            let records = recovered.differences(&pages, &after);
+            // The slots of the commit stay taken until the next one.
+            if records.iter().all(|record| takes(&mut slots, record, file_slots)) {
+                said = records;
+            } else {
+                tracing::warn!(path = %path.display(), "what was written last before a kill does not fit together: it is left out");
+                slots = taken(&pages, file_slots).map_err(|problem| damaged(log.len(), problem))?;
             }
         }
         if replayed.torn {
+            if !said.is_empty() {
+                // Before any log names it.
+                data.sync().map_err(data_failed("sync"))?;
+                for record in said.drain(..) {
+                    pages.apply(record, &mut |slot, count| slots.release(slot, count));
+                }
+            }
             // Under a new generation the torn frames can never be read again, whatever is appended where they lie.
             log = Log::write_new(&*dir, log.next_header(), pages.records())?;
+            tails.committed(log.position());
         } else {
             // A server that was killed may have left a commit, or the log's name itself, in the kernel's memory alone. The slots
             // it let go are used again from now on (rule 2), so it must not be undone by a power cut.
             log.make_durable(&*dir)?;
         }
-        // Slots past the last one named were taken by writes that were never flushed.
+        // Slots past the last one named were taken by writes that nobody was told of.
         let named_len = Slot(slots.len()).offset();
         if named_len < data_len {
             data.set_len(named_len).map_err(data_failed("cut"))?;
         }
-        Ok(Layer::assemble(dir, data, log, pages, slots))
+        let layer = Layer::assemble(dir, data, log, pages, slots, tails);
+        layer.commit_what_was_said(said)?;
+        Ok(layer)
     }
 
-    fn assemble(dir: Box<dyn Dir>, data: Box<dyn File>, log: Log, pages: PageMap, slots: Slots) -> Layer {
+    /// Of a layer that is being opened.
+    fn commit_what_was_said(&self, said: Vec<Record>) -> Result<(), DeltaError> {
+        if said.is_empty() {
+            return Ok(());
+        }
+        let mut shared = self.shared.write();
+        said.into_iter().for_each(|record| shared.note(record));
+        drop(shared);
+        self.data_dirty.store(true, Ordering::Release);
+        match self.flush() {
+            // It stays where it is until there is.
+            Err(error @ DeltaError::Full { .. }) => {
+                tracing::warn!(%error, "what was written before a kill can't be committed yet");
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn assemble(
+        dir: Box<dyn Dir>,
+        data: Box<dyn File>,
+        log: Log,
+        pages: PageMap,
+        slots: Slots,
+        tails: Tails,
+    ) -> Layer {
         Layer {
             data,
             gate: RwLock::new(()),
@@ -187,6 +232,7 @@ impl Layer {
                 let_go: Vec::new(),
             }),
             slots: Mutex::new(slots),
+            tails: Mutex::new(tails),
             in_place: InPlace::new(),
             journal: Mutex::new(Journal {
                 rewritten_len: log.len(),
@@ -270,14 +316,20 @@ impl Layer {
             let at = PageIndex(first.0 + done);
             let place = self.place(at, total - done)?;
             let part = (done * PAGE_SIZE) as usize..((done + u64::from(place.pages)) * PAGE_SIZE) as usize;
-            let write = || self.data.write_at(&bytes[part], place.slot.offset());
-            let written =
-                if place.named { self.in_place.write(place.slot, place.pages, write) } else { write() };
-            if let Err(source) = written {
+            let part = &bytes[part];
+            // Before the bytes: those that are there and are not what was said are nobody's.
+            let said: SmallVec<[TailEntry; 4]> = tail::entries_of(at, place.slot, part).collect();
+            let written = self.say(&said).and_then(|()| {
+                let write = || self.data.write_at(part, place.slot.offset());
+                let written =
+                    if place.named { self.in_place.write(place.slot, place.pages, write) } else { write() };
+                written.map_err(|source| self.data_failed("write", source))
+            });
+            if let Err(error) = written {
                 if !place.named {
                     self.slots.lock().release(place.slot, place.pages);
                 }
-                return Err(self.data_failed("write", source));
+                return Err(error);
             }
             // After the bytes: set before, it could be cleared by the commit under way, whose sync they then miss.
             self.data_dirty.store(true, Ordering::Release);
@@ -289,6 +341,10 @@ impl Layer {
             done += u64::from(place.pages);
         }
         Ok(())
+    }
+
+    fn say(&self, entries: &[TailEntry]) -> Result<(), DeltaError> {
+        self.tails.lock().append(&*self.dir, entries)
     }
 
     /// Where the next pages go (rule 1): in place if their slots are in no commit, captured or durable; else into slots nobody names.
@@ -323,11 +379,12 @@ impl Layer {
         debug_assert!(!matches!(state.kind(), PageKind::Data(_)));
         self.check_writable()?;
         let _gate = self.gate.read();
-        let mut shared = self.shared.write();
         let mut done = 0;
         while done < pages {
             let len = (pages - done).min(u64::from(u32::MAX)) as u32;
-            shared.note(Record { first: PageIndex(first.0 + done), pages: len, state });
+            let record = Record { first: PageIndex(first.0 + done), pages: len, state };
+            self.say(&[TailEntry { record, crc: 0 }])?;
+            self.shared.write().note(record);
             done += u64::from(len);
         }
         Ok(())
@@ -356,9 +413,13 @@ impl Layer {
         let rewrite = journal.log.len() > self.rewrite_min_len.max(REWRITE_FACTOR * journal.rewritten_len);
         let (pin, let_go, snapshot) = {
             let _gate = self.gate.write();
+            let mut tails = self.tails.lock();
             let mut shared = self.shared.write();
             self.slots.lock().seal_fresh();
             let snapshot = rewrite.then(|| shared.pages.clone());
+            if !shared.pending.is_empty() {
+                tails.captured();
+            }
             journal.retry.append(&mut shared.pending);
             shared.captured = journal.retry.len();
             let let_go = std::mem::take(&mut shared.let_go);
@@ -394,18 +455,18 @@ impl Layer {
         {
             return Err(self.poison(self.data_failed("sync", source)));
         }
+        // Whichever of the two is found to be the last: what is written now goes on from it.
+        let next = journal.log.next_position();
+        self.tails.lock().about_to_be(&*self.dir, next).map_err(|error| self.poison_unless_full(error))?;
         let map_failed = |action, source| DeltaError::io(action, self.dir.describe(MAP_FILE), source);
         let appended = match journal.log.append(&journal.retry) {
             Ok(appended) => appended,
             Err(source) => {
-                let error = map_failed("write", source);
-                return Err(match error {
-                    DeltaError::Full { .. } => error,
-                    other => self.poison(other),
-                });
+                return Err(self.poison_unless_full(map_failed("write", source)));
             }
         };
         journal.log.sync(appended).map_err(|source| self.poison(map_failed("sync", source)))?;
+        self.tails.lock().committed(next);
         journal.retry.clear();
         // A burst must not keep its memory for ever.
         journal.retry.shrink_to(PENDING_SOFT);
@@ -437,8 +498,11 @@ impl Layer {
 
     /// Replaces a log that has grown long by one that says the same in less. `pages` is the map as of the last commit.
     fn rewrite(&self, journal: &mut Journal, pages: &PageMap) -> Result<(), DeltaError> {
+        let next = journal.log.position_rewritten(pages.records().count());
+        self.tails.lock().about_to_be(&*self.dir, next).map_err(|error| self.poison_unless_full(error))?;
         match Log::write_new(&*self.dir, journal.log.next_header(), pages.records()) {
             Ok(log) => {
+                self.tails.lock().committed(log.position());
                 journal.rewritten_len = log.len();
                 journal.log = log;
                 Ok(())
@@ -461,7 +525,15 @@ impl Layer {
     fn poison(&self, error: DeltaError) -> DeltaError {
         let reason = self.poisoned.get_or_init(|| error.to_string());
         tracing::error!(%reason, "the delta takes no more writes until the volume is opened anew");
+        self.tails.lock().void(&*self.dir);
         error
+    }
+
+    fn poison_unless_full(&self, error: DeltaError) -> DeltaError {
+        match error {
+            DeltaError::Full { .. } => error,
+            other => self.poison(other),
+        }
     }
 
     fn check_poison(&self) -> Result<(), DeltaError> {
@@ -509,6 +581,28 @@ impl Shared {
 fn slots_of(first: Slot, skip: u64, len: usize) -> (Slot, u32) {
     let (from, end) = (skip / PAGE_SIZE, (skip + len as u64).div_ceil(PAGE_SIZE));
     (Slot(first.0 + from as u32), (end - from).max(1) as u32)
+}
+
+/// The slots a map names.
+fn taken(pages: &PageMap, file_slots: u64) -> Result<Slots, &'static str> {
+    let mut slots = Slots::new();
+    for record in pages.records() {
+        let PageKind::Data(slot) = record.state.kind() else { continue };
+        // Only now: records that later ones replaced may name slots that were cut off since.
+        if u64::from(slot.0) + u64::from(record.pages) > file_slots {
+            return Err("the map names slots past the end of the data");
+        }
+        if !slots.adopt(slot, record.pages) {
+            return Err("two pages claim one slot");
+        }
+    }
+    Ok(slots)
+}
+
+/// Takes the slots of one record more; `false` where they are not to be had.
+fn takes(slots: &mut Slots, record: &Record, file_slots: u64) -> bool {
+    let PageKind::Data(slot) = record.state.kind() else { return true };
+    u64::from(slot.0) + u64::from(record.pages) <= file_slots && slots.adopt(slot, record.pages)
 }
 
 fn device_pages(identity: &Identity) -> u64 {

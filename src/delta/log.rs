@@ -4,7 +4,7 @@
 //! replayed whole or not at all, and one that was appended with success is always replayed.
 
 use crate::format::delta::{
-    FRAME_HEAD_LEN, FrameHead, MAP_HEADER_LEN, MAX_FRAME_RECORDS, MapHeader, Record, decode_frame,
+    FRAME_HEAD_LEN, FrameHead, MAP_HEADER_LEN, MAX_FRAME_RECORDS, MapHeader, Position, Record, decode_frame,
     encode_frame,
 };
 
@@ -25,6 +25,8 @@ pub struct Log {
     next_sequence: u64,
     /// Where the last commit starts: what lies before it was synced before it was appended.
     last_commit: u64,
+    /// The number of its first frame; 0 where there is none.
+    commit: u64,
 }
 
 /// What a replay found at the end of the log.
@@ -45,7 +47,7 @@ impl Log {
         let failed = |action| move |source| DeltaError::io(action, dir.describe(NEW_MAP_FILE), source);
         let written = (|| {
             let file = dir.create(NEW_MAP_FILE).map_err(failed("create"))?;
-            let mut log = Log { file, header, end: 0, next_sequence: 1, last_commit: 0 };
+            let mut log = Log { file, header, end: 0, next_sequence: 1, last_commit: 0, commit: 0 };
             let mut buffer = log.header.encode().to_vec();
             let mut frame = Vec::with_capacity(MAX_FRAME_RECORDS);
             let mut records = records.peekable();
@@ -72,6 +74,7 @@ impl Log {
             log.end += buffer.len() as u64;
             log.file.sync().map_err(failed("sync"))?;
             log.last_commit = log.end;
+            log.commit = log.next_sequence - 1;
             Ok(log)
         })();
         let log = written.inspect_err(|_| {
@@ -108,7 +111,7 @@ impl Log {
         let mut commit_first = 1;
         let mut sequence = 1;
         let mut at = MAP_HEADER_LEN as u64;
-        let mut log = Log { end: at, next_sequence: 1, header, file, last_commit: at };
+        let mut log = Log { end: at, next_sequence: 1, header, file, last_commit: at, commit: 0 };
         while let Some(frame) = log.read_frame(at, len).map_err(failed("read"))? {
             let Some((head, records, more)) = decode_frame(&frame, log.header.seal()) else { break };
             if head.sequence != sequence || head.commit != commit_first {
@@ -121,6 +124,7 @@ impl Log {
                 for record in commit.drain(..) {
                     apply(record, log.end)?;
                 }
+                log.commit = commit_first;
                 commit_first = sequence;
                 log.last_commit = log.end;
                 (log.end, log.next_sequence) = (at, sequence);
@@ -195,6 +199,7 @@ impl Log {
             self.spoil();
             return Err(error);
         }
+        self.commit = self.next_sequence;
         (self.last_commit, self.end, self.next_sequence) = (self.end, appended.end, appended.next_sequence);
         Ok(())
     }
@@ -226,6 +231,22 @@ impl Log {
         }
         self.file.sync().map_err(failed("sync"))?;
         dir.sync().map_err(failed("sync the directory of"))
+    }
+
+    /// The last commit.
+    pub fn position(&self) -> Position {
+        Position { generation: self.header.generation, commit: self.commit }
+    }
+
+    /// What the next commit will be.
+    pub fn next_position(&self) -> Position {
+        Position { generation: self.header.generation, commit: self.next_sequence }
+    }
+
+    /// What the last commit will be of a log that says the same in so many records.
+    pub fn position_rewritten(&self, records: usize) -> Position {
+        let generation = self.next_header().generation;
+        Position { generation, commit: records.div_ceil(MAX_FRAME_RECORDS) as u64 }
     }
 
     /// Length of the log in bytes.

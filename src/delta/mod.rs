@@ -12,6 +12,7 @@ pub mod page_map;
 pub mod simulated;
 mod slots;
 mod stack;
+mod tail;
 
 pub use crate::format::delta::{LayerId, Slot, VolumeId};
 pub use error::DeltaError;

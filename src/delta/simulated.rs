@@ -15,6 +15,8 @@ use parking_lot::Mutex;
 use super::disk::{Dir, File};
 
 const SECTOR: usize = 512;
+/// The kernel copies what is written by pages.
+const PAGE: usize = 4096;
 
 /// A small splitmix64 generator: the same seed gives the same crash.
 #[derive(Clone, Debug)]
@@ -78,8 +80,12 @@ struct State {
     space_left: Option<u64>,
     fail_next_sync: Option<Dice>,
     kill_at_next_sync: bool,
+    /// Writes left until the program is killed in the middle of one.
+    writes_left: Option<u64>,
     /// Handles of an earlier one belong to a program that was killed.
     program: u64,
+    /// Counts the runs of the kernel.
+    boot: u64,
     off: bool,
     syncs: u64,
 }
@@ -162,6 +168,18 @@ impl SimulatedDisk {
         state.fail_next_sync = lose.map(|dice| Dice(dice.below(u64::MAX)));
     }
 
+    /// Lets `writes` more writes through; in the middle of the next one the program is killed, somewhere between two pages.
+    pub fn kill_at_write(&self, writes: u64) {
+        self.state.lock().writes_left = Some(writes);
+    }
+
+    /// Kills the program: whatever it has open fails from now on.
+    pub fn kill(&self) {
+        let mut state = self.state.lock();
+        state.program += 1;
+        state.writes_left = None;
+    }
+
     /// Whether the power has gone.
     pub fn is_off(&self) -> bool {
         self.state.lock().off
@@ -188,6 +206,15 @@ impl SimulatedDisk {
 
     /// Cuts the power now and gives one of the disks that may be found afterwards.
     pub fn crash(&self, dice: &mut Dice) -> SimulatedDisk {
+        self.gone(dice, 1)
+    }
+
+    /// Cuts the disk off now, and gives one of those that may be found when it is back under the same run of the kernel.
+    pub fn pull_out(&self, dice: &mut Dice) -> SimulatedDisk {
+        self.gone(dice, 0)
+    }
+
+    fn gone(&self, dice: &mut Dice, boots: u64) -> SimulatedDisk {
         let mut state = self.state.lock();
         state.off = true;
         let mut names = state.durable_names.clone();
@@ -203,7 +230,8 @@ impl SimulatedDisk {
                 Inode { current: content.clone(), durable: content, ..Inode::default() }
             })
             .collect();
-        let state = State { inodes, durable_names: names.clone(), names, ..State::default() };
+        let boot = state.boot + boots;
+        let state = State { inodes, durable_names: names.clone(), names, boot, ..State::default() };
         SimulatedDisk { state: Arc::new(Mutex::new(state)), program: 0 }
     }
 }
@@ -293,6 +321,10 @@ impl Dir for SimulatedDisk {
         Ok(())
     }
 
+    fn boot(&self) -> [u8; 16] {
+        u128::from(self.state.lock().boot).to_le_bytes()
+    }
+
     fn describe(&self, name: &str) -> PathBuf {
         PathBuf::from("simulated").join(name)
     }
@@ -321,6 +353,15 @@ impl File for SimulatedFile {
         let mut state = self.disk.state.lock();
         state.check_power(self.disk.program)?;
         let mut room = bytes.len();
+        match &mut state.writes_left {
+            Some(0) => {
+                state.writes_left = None;
+                state.program += 1;
+                room = room / 2 / PAGE * PAGE;
+            }
+            Some(left) => *left -= 1,
+            None => {}
+        }
         if let Some(left) = &mut state.space_left {
             room = room.min(*left as usize);
             *left -= room as u64;

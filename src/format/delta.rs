@@ -23,6 +23,12 @@ pub const RECORD_LEN: usize = 16;
 /// without wrapping to them.
 pub const MAX_SLOTS: u32 = u32::MAX - 2;
 
+/// Length of a tail's header.
+pub const TAIL_HEADER_LEN: usize = 128;
+/// Length of an entry of a tail.
+pub const TAIL_ENTRY_LEN: usize = 24;
+
+const TAIL_MAGIC: &[u8; 8] = b"HCXTAIL\0";
 const MAP_MAGIC: &[u8; 8] = b"HCXDELTA";
 const DATA_MAGIC: &[u8; 8] = b"HCXPAGES";
 const FRAME_MAGIC: &[u8; 4] = b"HCXF";
@@ -309,6 +315,136 @@ pub fn decode_frame<'a>(
         state: PageState(u32_at(bytes, 12)),
     });
     Some((head, records, flags & FLAG_MORE != 0))
+}
+
+/// A commit's place in a layer's log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Position {
+    /// The log's generation.
+    pub generation: u32,
+    /// The number of the commit's first frame; 0 before the first.
+    pub commit: u64,
+}
+
+/// What a tail goes on from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Over {
+    /// A commit.
+    pub commit: Position,
+    /// The first entry that is not in it.
+    pub from: u64,
+}
+
+/// The identity of a tail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TailHeader {
+    /// The layer.
+    pub layer: LayerId,
+    /// The run of the kernel that has it in memory.
+    pub boot: [u8; 16],
+    /// 1, and one more for each tail that was begun.
+    pub epoch: u64,
+    /// Random: sets its entries apart from those of any tail that was in its file before.
+    pub nonce: [u8; 16],
+    /// Whichever of the two is the log's last.
+    pub over: [Over; 2],
+}
+
+impl TailHeader {
+    /// The header's bytes.
+    pub fn encode(&self) -> [u8; TAIL_HEADER_LEN] {
+        let mut out = Vec::with_capacity(TAIL_HEADER_LEN);
+        out.extend_from_slice(TAIL_MAGIC);
+        out.extend_from_slice(&VERSION.to_le_bytes());
+        out.resize(16, 0);
+        out.extend_from_slice(&self.layer.0);
+        out.extend_from_slice(&self.boot);
+        out.extend_from_slice(&self.epoch.to_le_bytes());
+        for Over { commit, from } in self.over {
+            out.extend_from_slice(&commit.generation.to_le_bytes());
+            out.extend_from_slice(&commit.commit.to_le_bytes());
+            out.extend_from_slice(&from.to_le_bytes());
+        }
+        out.extend_from_slice(&self.nonce);
+        out.resize(TAIL_HEADER_LEN - 4, 0);
+        let crc = crc32fast::hash(&out);
+        out.extend_from_slice(&crc.to_le_bytes());
+        field(&out, 0)
+    }
+
+    /// Reads a header; `None` where it is none of this version, or not whole: a tail is no promise.
+    pub fn decode(bytes: &[u8; TAIL_HEADER_LEN]) -> Option<TailHeader> {
+        check_head(bytes, "delta tail", TAIL_MAGIC, TAIL_HEADER_LEN).ok()?;
+        let over = |at| Over {
+            commit: Position { generation: u32_at(bytes, at), commit: u64_at(bytes, at + 4) },
+            from: u64_at(bytes, at + 12),
+        };
+        Some(TailHeader {
+            layer: LayerId(field(bytes, 16)),
+            boot: field(bytes, 32),
+            epoch: u64_at(bytes, 48),
+            over: [over(56), over(76)],
+            nonce: field(bytes, 96),
+        })
+    }
+
+    /// What entries of this tail are sealed with.
+    pub fn seal(&self) -> TailSeal {
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(&self.nonce);
+        TailSeal(hasher)
+    }
+}
+
+/// What an entry's CRC covers besides its own bytes.
+#[derive(Clone, Debug)]
+pub struct TailSeal(crc32fast::Hasher);
+
+impl TailSeal {
+    fn crc(&self, index: u64, bytes: &[u8]) -> u32 {
+        let mut hasher = self.0.clone();
+        hasher.update(&index.to_le_bytes());
+        hasher.update(bytes);
+        hasher.finalize()
+    }
+}
+
+/// What a tail says of pages: of one that is written, or of a run that is not data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TailEntry {
+    /// The pages and their state.
+    pub record: Record,
+    /// CRC of the page's bytes; 0 where there are none.
+    pub crc: u32,
+}
+
+impl TailEntry {
+    /// Appends the entry to `out`, as the `index`th of its tail.
+    pub fn encode(&self, seal: &TailSeal, index: u64, out: &mut Vec<u8>) {
+        let start = out.len();
+        out.extend_from_slice(&self.record.first.0.to_le_bytes());
+        out.extend_from_slice(&self.record.pages.to_le_bytes());
+        out.extend_from_slice(&self.record.state.0.to_le_bytes());
+        out.extend_from_slice(&self.crc.to_le_bytes());
+        let crc = seal.crc(index, &out[start..]);
+        out.extend_from_slice(&crc.to_le_bytes());
+    }
+
+    /// Reads the `index`th entry; `None` where it is not whole.
+    pub fn decode(bytes: &[u8], seal: &TailSeal, index: u64) -> Option<TailEntry> {
+        let (body, crc) = bytes.split_at(TAIL_ENTRY_LEN - 4);
+        if seal.crc(index, body) != u32_at(crc, 0) {
+            return None;
+        }
+        let record = Record {
+            first: PageIndex(u64_at(body, 0)),
+            pages: u32_at(body, 8),
+            state: PageState(u32_at(body, 12)),
+        };
+        // Each page that has bytes has an entry of its own.
+        let has_bytes = matches!(record.state.kind(), PageKind::Data(_));
+        (!has_bytes || record.pages == 1).then_some(TailEntry { record, crc: u32_at(body, 16) })
+    }
 }
 
 impl Record {
