@@ -108,8 +108,13 @@ impl Model {
     }
 }
 
+/// Short logs and tails, so that their rewriting and their end are in the sequences too.
+fn short(layer: Layer) -> Layer {
+    layer.rewrite_log_above(ByteLen(400)).give_up_tails_above(ByteLen(1000))
+}
+
 fn reopen(disk: &SimulatedDisk) -> Result<Delta, DeltaError> {
-    let layer = Layer::open(disk.dir(), &identity())?.rewrite_log_above(ByteLen(400));
+    let layer = short(Layer::open(disk.dir(), &identity())?);
     Ok(Delta::new(vec![Arc::new(layer)]))
 }
 
@@ -117,8 +122,7 @@ fn run_sequence(seed: u64) {
     let mut dice = Dice(seed);
     let mut disk = SimulatedDisk::new();
     let layer = Layer::create(disk.dir(), &identity(), LayerId([2; 16])).unwrap();
-    // A short log, so that its rewriting is in the sequences too.
-    let mut delta = Delta::new(vec![Arc::new(layer.rewrite_log_above(ByteLen(400)))]);
+    let mut delta = Delta::new(vec![Arc::new(short(layer))]);
     let mut model = Model::new();
     let mut stamp = 0;
     for _ in 0..=dice.below(4) {
@@ -241,34 +245,68 @@ fn after_a_crash_at_any_sync_every_page_is_a_version_it_had_since_the_last_flush
 
 #[test]
 fn a_full_disk_is_enospc_and_nothing_written_before_is_lost() {
-    for seed in 0..60 {
+    let first = from_env("HORCRUX_SEED", 0);
+    for seed in first..first + if std::env::var_os("HORCRUX_SOAK").is_some() { 3000 } else { 200 } {
         let mut dice = Dice(seed);
         let disk = SimulatedDisk::new();
         let layer = Layer::create(disk.dir(), &identity(), LayerId([2; 16])).unwrap();
         // Every other time the log is so short that it has to be rewritten again and again, where there is no space for it.
         let layer = if seed % 2 == 0 { layer.rewrite_log_above(ByteLen(400)) } else { layer };
-        let delta = Delta::new(vec![Arc::new(layer)]);
+        let mut delta = Delta::new(vec![Arc::new(layer)]);
         let mut model = Model::new();
         for round in 0..40 {
             disk.limit_space(Some(dice.below(8 * PAGE_SIZE)));
             let page = dice.below(60);
             let stamp = seed * 1000 + round + 1;
-            match delta.write(PageIndex(page), &stamped(stamp)) {
-                Ok(()) => model.set(page, Content::Stamp(stamp)),
+            // Of several pages, so that some are written and some are not; and the same bytes again and again, as programs do.
+            let len = 1 + dice.below(6);
+            let same = dice.below(3) == 0;
+            let bytes: Vec<u8> = (0..len).flat_map(|_| stamped(if same { 1 } else { stamp })).collect();
+            let content = Content::Stamp(if same { 1 } else { stamp });
+            if dice.below(4) == 0 {
+                disk.limit_space(Some(dice.below(200)));
+                (page..page + len).for_each(|page| model.set(page, Content::Zero));
+                match delta.zero(PageIndex(page), len) {
+                    Ok(()) => {}
+                    Err(DeltaError::Full { .. }) => {
+                        disk.limit_space(None);
+                        delta.zero(PageIndex(page), len).unwrap();
+                    }
+                    Err(other) => panic!("seed {seed}: {other}"),
+                }
+            }
+            match delta.write(PageIndex(page), &bytes) {
+                Ok(()) => (page..page + len).for_each(|page| model.set(page, content)),
                 Err(DeltaError::Full { .. }) => {
                     // A page that was overwritten in place may be torn only until it is flushed; it is written again here.
                     disk.limit_space(None);
-                    delta.write(PageIndex(page), &stamped(stamp)).unwrap();
-                    model.set(page, Content::Stamp(stamp));
+                    delta.write(PageIndex(page), &bytes).unwrap();
+                    (page..page + len).for_each(|page| model.set(page, content));
                 }
                 Err(other) => panic!("seed {seed}: {other}"),
             }
-            match delta.flush() {
-                Ok(()) => model.flushed(),
-                Err(DeltaError::Full { .. }) => {}
-                Err(other) => panic!("seed {seed}: {other}"),
+            if dice.below(2) == 0 {
+                disk.limit_space(Some(dice.below(8 * PAGE_SIZE)));
+                match delta.flush() {
+                    Ok(()) => model.flushed(),
+                    Err(DeltaError::Full { .. }) => {}
+                    Err(other) => panic!("seed {seed}: {other}"),
+                }
             }
             model.check_now(&delta, seed);
+            if dice.below(4) == 0 {
+                // Killed, and opened on what space there is.
+                disk.kill();
+                delta = match reopen(&disk) {
+                    Ok(delta) => delta,
+                    Err(DeltaError::Full { .. }) => {
+                        disk.limit_space(None);
+                        reopen(&disk).unwrap()
+                    }
+                    Err(other) => panic!("seed {seed}: {other}"),
+                };
+                model.check_after_kill(&delta, &[], seed);
+            }
         }
         disk.limit_space(None);
         delta.flush().unwrap();

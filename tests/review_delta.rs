@@ -48,6 +48,27 @@ fn read(delta: &Delta, page: u64) -> u8 {
     }
 }
 
+/// The disk refuses to note what a commit will be: the flush fails, and so does all that comes after. It does not hang.
+#[test]
+fn a_tail_that_can_t_be_written_fails_the_flush_and_what_comes_after() {
+    let disk = SimulatedDisk::new();
+    let delta = create(disk.dir());
+    delta.write(PageIndex(0), &[1; PAGE]).unwrap();
+    disk.fail_next_write();
+    let (told, flushed) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let first = delta.flush().map_err(|error| error.to_string());
+        let second = delta.write(PageIndex(1), &[2; PAGE]).map_err(|error| error.to_string());
+        told.send((first, second)).unwrap();
+    });
+    let (first, second) = flushed.recv_timeout(Duration::from_secs(10)).expect("it hangs");
+    assert!(first.unwrap_err().starts_with("can't write simulated/tail.0"));
+    assert!(second.unwrap_err().contains("read-only since an fsync failed"));
+    // Nobody was told that it is flushed.
+    let delta = open(&disk);
+    assert!(matches!(delta.run(PageIndex(0), 1).source, Source::Base));
+}
+
 /// A server is killed after it wrote a commit and before it synced it. The next one finds the commit, because the kernel still has it; then the power goes.
 #[test]
 fn a_commit_that_only_the_page_cache_has_is_made_durable_before_its_slots_are_used_again() {

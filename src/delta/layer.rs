@@ -12,8 +12,8 @@ use smallvec::SmallVec;
 
 use crate::format::CommitId;
 use crate::format::delta::{
-    LayerId, MapHeader, PageKind, PageState, Record, Slot, TailEntry, VolumeId, decode_data_header,
-    encode_data_header,
+    CommitName, LayerId, MapHeader, PageKind, PageState, Record, Slot, TailEntry, VolumeId,
+    decode_data_header, encode_data_header,
 };
 use crate::units::{ByteLen, PAGE_SIZE, PageIndex};
 
@@ -33,6 +33,8 @@ const REWRITE_MIN_LEN: u64 = 4 << 20;
 const REWRITE_FACTOR: u64 = 4;
 /// Past this many records in memory [`Layer::wants_commit`] asks for a commit.
 const PENDING_SOFT: usize = 1 << 16;
+/// And past this many entries in its tails: 1 GiB of writes, which who opens it after a kill reads.
+const SAID_SOFT: u64 = 1 << 18;
 /// Past this many records in memory, which takes failing commits, writes are refused: 64 MiB.
 const PENDING_HARD: usize = 1 << 22;
 /// Freed runs of at least this many slots are given back to the file system.
@@ -96,6 +98,8 @@ pub struct Layer {
     slots: Mutex<Slots>,
     /// What a kill must not take.
     tails: Mutex<Tails>,
+    /// Entries of tails since the last capture.
+    said: AtomicU64,
     in_place: InPlace,
     journal: Mutex<Journal>,
     /// Numbers FLUSHes, so that one commit serves all that came before its capture.
@@ -124,8 +128,8 @@ impl Layer {
             device_size: identity.device_size,
         };
         // Syncs the directory too, so both files are there or the layer is not.
-        let log = Log::write_new(&*dir, header, std::iter::empty())?;
-        let tails = Tails::new(id, dir.boot(), log.position());
+        let log = Log::write_new(&*dir, header, std::iter::empty(), |_| Ok(()))?;
+        let tails = Tails::new(id, dir.boot(), log.last());
         Ok(Layer::assemble(dir, data, log, PageMap::new(device_pages(identity)), Slots::new(), tails))
     }
 
@@ -155,30 +159,29 @@ impl Layer {
         check_identity(log.header(), identity, data_id, &*dir)?;
 
         let mut slots = taken(&pages, file_slots).map_err(|problem| damaged(log.len(), problem))?;
-        let (mut tails, recovered) = Tails::open(&*dir, data_id, log.position())?;
+        let (mut tails, recovered) = Tails::open(&*dir, data_id, log.last())?;
         let mut said = Vec::new();
         if !recovered.is_empty() {
-            let after = recovered.onto(&pages, &*data).map_err(data_failed("read"))?;
-            let records = recovered.differences(&pages, &after);
+            let after = recovered.onto(&pages, &*data).map_err(data_failed("read and write again"))?;
+            said = recovered.differences(&pages, &after);
             // The slots of the commit stay taken until the next one.
-            if records.iter().all(|record| takes(&mut slots, record, file_slots)) {
-                said = records;
-            } else {
-                tracing::warn!(path = %path.display(), "what was written last before a kill does not fit together: it is left out");
+            if !said.iter().all(|record| takes(&mut slots, record, file_slots)) {
+                tracing::error!(path = %path.display(), "what was written last before a kill does not fit together, and is left out");
+                said.clear();
                 slots = taken(&pages, file_slots).map_err(|problem| damaged(log.len(), problem))?;
             }
         }
+        if !said.is_empty() {
+            // Before any log names it.
+            data.sync().map_err(data_failed("sync"))?;
+        }
         if replayed.torn {
-            if !said.is_empty() {
-                // Before any log names it.
-                data.sync().map_err(data_failed("sync"))?;
-                for record in said.drain(..) {
-                    pages.apply(record, &mut |slot, count| slots.release(slot, count));
-                }
+            for record in said.drain(..) {
+                pages.apply(record, &mut |slot, count| slots.release(slot, count));
             }
             // Under a new generation the torn frames can never be read again, whatever is appended where they lie.
-            log = Log::write_new(&*dir, log.next_header(), pages.records())?;
-            tails.committed(log.position());
+            log = Log::write_new(&*dir, log.next_header(), pages.records(), |_| Ok(()))?;
+            tails.committed(log.last());
         } else {
             // A server that was killed may have left a commit, or the log's name itself, in the kernel's memory alone. The slots
             // it let go are used again from now on (rule 2), so it must not be undone by a power cut.
@@ -190,26 +193,26 @@ impl Layer {
             data.set_len(named_len).map_err(data_failed("cut"))?;
         }
         let layer = Layer::assemble(dir, data, log, pages, slots, tails);
-        layer.commit_what_was_said(said)?;
+        let nothing_left = layer.commit_what_was_said(said)?;
+        layer.tails.lock().opened(&*layer.dir, nothing_left)?;
         Ok(layer)
     }
 
-    /// Of a layer that is being opened.
-    fn commit_what_was_said(&self, said: Vec<Record>) -> Result<(), DeltaError> {
+    /// Of a layer that is being opened. Whether nothing is left to be committed.
+    fn commit_what_was_said(&self, said: Vec<Record>) -> Result<bool, DeltaError> {
         if said.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let mut shared = self.shared.write();
         said.into_iter().for_each(|record| shared.note(record));
         drop(shared);
-        self.data_dirty.store(true, Ordering::Release);
         match self.flush() {
-            // It stays where it is until there is.
+            // It stays where it is until there is space.
             Err(error @ DeltaError::Full { .. }) => {
                 tracing::warn!(%error, "what was written before a kill can't be committed yet");
-                Ok(())
+                Ok(false)
             }
-            other => other,
+            other => other.map(|()| true),
         }
     }
 
@@ -233,6 +236,7 @@ impl Layer {
             }),
             slots: Mutex::new(slots),
             tails: Mutex::new(tails),
+            said: AtomicU64::new(0),
             in_place: InPlace::new(),
             journal: Mutex::new(Journal {
                 rewritten_len: log.len(),
@@ -255,6 +259,12 @@ impl Layer {
     /// by what each of them writes.
     pub fn with_quota(mut self, quota: ByteLen) -> Layer {
         self.quota_pages = quota.0 / PAGE_SIZE;
+        self
+    }
+
+    /// Lets tails be given up when they are longer than `len` instead of 4 MiB.
+    pub fn give_up_tails_above(mut self, len: ByteLen) -> Layer {
+        self.tails.get_mut().give_up_above(len.0);
         self
     }
 
@@ -344,6 +354,7 @@ impl Layer {
     }
 
     fn say(&self, entries: &[TailEntry]) -> Result<(), DeltaError> {
+        self.said.fetch_add(entries.len() as u64, Ordering::Relaxed);
         self.tails.lock().append(&*self.dir, entries)
     }
 
@@ -378,26 +389,33 @@ impl Layer {
     pub fn set(&self, first: PageIndex, pages: u64, state: PageState) -> Result<(), DeltaError> {
         debug_assert!(!matches!(state.kind(), PageKind::Data(_)));
         self.check_writable()?;
-        let _gate = self.gate.read();
-        let mut done = 0;
+        let gate = self.gate.read();
+        let (mut done, mut is_said) = (0, true);
         while done < pages {
             let len = (pages - done).min(u64::from(u32::MAX)) as u32;
             let record = Record { first: PageIndex(first.0 + done), pages: len, state };
-            self.say(&[TailEntry { record, crc: 0 }])?;
+            match self.say(&[TailEntry { record, crc: 0 }]) {
+                Ok(()) => {}
+                Err(DeltaError::Full { .. }) => is_said = false,
+                Err(other) => return Err(other),
+            }
             self.shared.write().note(record);
             done += u64::from(len);
         }
-        Ok(())
+        drop(gate);
+        // On a full disk, of all times, it must be possible to give space back.
+        if is_said { Ok(()) } else { self.flush() }
     }
 
     /// Whether enough has gathered in memory that a commit should be made even if nobody asks for one.
     pub fn wants_commit(&self) -> bool {
-        self.shared.read().pending.len() > PENDING_SOFT
+        self.shared.read().pending.len() > PENDING_SOFT || self.said.load(Ordering::Relaxed) > SAID_SOFT
     }
 
-    /// Whether anything was written or zeroed since the last capture.
+    /// Whether anything was written or zeroed that is in no commit.
     pub fn has_pending(&self) -> bool {
-        !self.shared.read().pending.is_empty()
+        let shared = self.shared.read();
+        !shared.pending.is_empty() || shared.captured > 0
     }
 
     /// Makes durable all that was written before the call. One commit serves every caller that came before its capture.
@@ -419,6 +437,7 @@ impl Layer {
             let snapshot = rewrite.then(|| shared.pages.clone());
             if !shared.pending.is_empty() {
                 tails.captured();
+                self.said.store(0, Ordering::Relaxed);
             }
             journal.retry.append(&mut shared.pending);
             shared.captured = journal.retry.len();
@@ -455,15 +474,13 @@ impl Layer {
         {
             return Err(self.poison(self.data_failed("sync", source)));
         }
-        // Whichever of the two is found to be the last: what is written now goes on from it.
-        let next = journal.log.next_position();
-        self.tails.lock().about_to_be(&*self.dir, next).map_err(|error| self.poison_unless_full(error))?;
+        let prepared = journal.log.prepare(&journal.retry);
+        let next = journal.log.name_of(&prepared);
+        self.about_to_be(next)?;
         let map_failed = |action, source| DeltaError::io(action, self.dir.describe(MAP_FILE), source);
-        let appended = match journal.log.append(&journal.retry) {
+        let appended = match journal.log.append(prepared) {
             Ok(appended) => appended,
-            Err(source) => {
-                return Err(self.poison_unless_full(map_failed("write", source)));
-            }
+            Err(source) => return Err(self.poison_unless_full(map_failed("write", source))),
         };
         journal.log.sync(appended).map_err(|source| self.poison(map_failed("sync", source)))?;
         self.tails.lock().committed(next);
@@ -498,11 +515,11 @@ impl Layer {
 
     /// Replaces a log that has grown long by one that says the same in less. `pages` is the map as of the last commit.
     fn rewrite(&self, journal: &mut Journal, pages: &PageMap) -> Result<(), DeltaError> {
-        let next = journal.log.position_rewritten(pages.records().count());
-        self.tails.lock().about_to_be(&*self.dir, next).map_err(|error| self.poison_unless_full(error))?;
-        match Log::write_new(&*self.dir, journal.log.next_header(), pages.records()) {
+        let header = journal.log.next_header();
+        let rewritten = Log::write_new(&*self.dir, header, pages.records(), |next| self.about_to_be(next));
+        match rewritten {
             Ok(log) => {
-                self.tails.lock().committed(log.position());
+                self.tails.lock().committed(log.last());
                 journal.rewritten_len = log.len();
                 journal.log = log;
                 Ok(())
@@ -516,6 +533,12 @@ impl Layer {
             // The rename may or may not have reached the disk: which log counts is not known.
             Err(other) => Err(self.poison(other)),
         }
+    }
+
+    /// Whichever of the two is found to be the log's last: what is written now goes on from it.
+    fn about_to_be(&self, next: CommitName) -> Result<(), DeltaError> {
+        let told = self.tails.lock().about_to_be(&*self.dir, next);
+        told.map_err(|error| self.poison_unless_full(error))
     }
 
     fn data_failed(&self, action: &'static str, source: std::io::Error) -> DeltaError {

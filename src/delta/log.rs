@@ -4,8 +4,8 @@
 //! replayed whole or not at all, and one that was appended with success is always replayed.
 
 use crate::format::delta::{
-    FRAME_HEAD_LEN, FrameHead, MAP_HEADER_LEN, MAX_FRAME_RECORDS, MapHeader, Position, Record, decode_frame,
-    encode_frame,
+    CommitName, FRAME_HEAD_LEN, FrameHead, MAP_HEADER_LEN, MAX_FRAME_RECORDS, MapHeader, Record,
+    crc_of_frame, decode_frame, encode_frame,
 };
 
 use super::disk::{Dir, File};
@@ -25,8 +25,8 @@ pub struct Log {
     next_sequence: u64,
     /// Where the last commit starts: what lies before it was synced before it was appended.
     last_commit: u64,
-    /// The number of its first frame; 0 where there is none.
-    commit: u64,
+    /// Number and CRC of the last frame; 0 where there is none.
+    last_frame: (u64, u32),
 }
 
 /// What a replay found at the end of the log.
@@ -38,16 +38,17 @@ pub struct Replayed {
 }
 
 impl Log {
-    /// Writes a new log of `records` under its temporary name, durably, and moves it into place.
+    /// Writes a new log of `records` under its temporary name, durably, and moves it into place, once `told` was told what its last commit is.
     pub fn write_new(
         dir: &dyn Dir,
         header: MapHeader,
         records: impl Iterator<Item = Record>,
+        told: impl FnOnce(CommitName) -> Result<(), DeltaError>,
     ) -> Result<Log, DeltaError> {
         let failed = |action| move |source| DeltaError::io(action, dir.describe(NEW_MAP_FILE), source);
         let written = (|| {
             let file = dir.create(NEW_MAP_FILE).map_err(failed("create"))?;
-            let mut log = Log { file, header, end: 0, next_sequence: 1, last_commit: 0, commit: 0 };
+            let mut log = Log { file, header, end: 0, next_sequence: 1, last_commit: 0, last_frame: (0, 0) };
             let mut buffer = log.header.encode().to_vec();
             let mut frame = Vec::with_capacity(MAX_FRAME_RECORDS);
             let mut records = records.peekable();
@@ -55,14 +56,9 @@ impl Log {
                 frame.clear();
                 frame.extend(records.by_ref().take(MAX_FRAME_RECORDS));
                 // Every frame is a commit of its own: nobody reads this file before all of it is durable.
-                encode_frame(
-                    &mut buffer,
-                    log.header.seal(),
-                    log.next_sequence,
-                    log.next_sequence,
-                    &frame,
-                    false,
-                );
+                let sequence = log.next_sequence;
+                let crc = encode_frame(&mut buffer, log.header.seal(), sequence, sequence, &frame, false);
+                log.last_frame = (sequence, crc);
                 log.next_sequence += 1;
                 if buffer.len() >= WRITE_BUFFER {
                     log.file.write_at(&buffer, log.end).map_err(failed("write"))?;
@@ -74,7 +70,7 @@ impl Log {
             log.end += buffer.len() as u64;
             log.file.sync().map_err(failed("sync"))?;
             log.last_commit = log.end;
-            log.commit = log.next_sequence - 1;
+            told(log.last())?;
             Ok(log)
         })();
         let log = written.inspect_err(|_| {
@@ -111,20 +107,21 @@ impl Log {
         let mut commit_first = 1;
         let mut sequence = 1;
         let mut at = MAP_HEADER_LEN as u64;
-        let mut log = Log { end: at, next_sequence: 1, header, file, last_commit: at, commit: 0 };
+        let mut log = Log { end: at, next_sequence: 1, header, file, last_commit: at, last_frame: (0, 0) };
         while let Some(frame) = log.read_frame(at, len).map_err(failed("read"))? {
             let Some((head, records, more)) = decode_frame(&frame, log.header.seal()) else { break };
             if head.sequence != sequence || head.commit != commit_first {
                 break;
             }
             commit.extend(records);
+            let crc = crc_of_frame(&frame);
             at += frame.len() as u64;
             sequence += 1;
             if !more {
                 for record in commit.drain(..) {
                     apply(record, log.end)?;
                 }
-                log.commit = commit_first;
+                log.last_frame = (head.sequence, crc);
                 commit_first = sequence;
                 log.last_commit = log.end;
                 (log.end, log.next_sequence) = (at, sequence);
@@ -170,27 +167,34 @@ impl Log {
         Ok(false)
     }
 
-    /// Appends one commit, not yet durable. On `Err` the log is as it was.
-    pub fn append(&mut self, records: &[Record]) -> std::io::Result<Appended> {
-        let commit = self.next_sequence;
-        let (mut end, mut sequence) = (self.end, self.next_sequence);
-        let mut buffer = Vec::new();
+    /// One commit, as it is to be appended.
+    pub fn prepare(&self, records: &[Record]) -> Prepared {
+        let mut prepared = Prepared { bytes: Vec::new(), next_sequence: self.next_sequence, crc: 0 };
         let mut frames = records.chunks(MAX_FRAME_RECORDS).peekable();
         while let Some(frame) = frames.next() {
             let more = frames.peek().is_some();
-            encode_frame(&mut buffer, self.header.seal(), sequence, commit, frame, more);
-            sequence += 1;
-            if buffer.len() >= WRITE_BUFFER || !more {
-                if let Err(error) = self.file.write_at(&buffer, end) {
-                    // What was written past `end` is a torn tail; the next append goes over it. Cutting it off frees the space.
-                    let _ = self.file.set_len(self.end);
-                    return Err(error);
-                }
-                end += buffer.len() as u64;
-                buffer.clear();
-            }
+            let (sequence, seal) = (prepared.next_sequence, self.header.seal());
+            prepared.crc = encode_frame(&mut prepared.bytes, seal, sequence, self.next_sequence, frame, more);
+            prepared.next_sequence += 1;
         }
-        Ok(Appended { end, next_sequence: sequence })
+        prepared
+    }
+
+    /// What the last commit will be, once that is appended.
+    pub fn name_of(&self, prepared: &Prepared) -> CommitName {
+        let sequence = prepared.next_sequence - 1;
+        CommitName { generation: self.header.generation, sequence, crc: prepared.crc }
+    }
+
+    /// Appends one commit, not yet durable. On `Err` the log is as it was.
+    pub fn append(&mut self, prepared: Prepared) -> std::io::Result<Appended> {
+        let Prepared { bytes, next_sequence, crc } = prepared;
+        if let Err(error) = self.file.write_at(&bytes, self.end) {
+            // What was written past `end` is a torn tail; the next append goes over it. Cutting it off frees the space.
+            let _ = self.file.set_len(self.end);
+            return Err(error);
+        }
+        Ok(Appended { end: self.end + bytes.len() as u64, next_sequence, crc })
     }
 
     /// Makes what was appended durable; only now does it count. On `Err` it is cut off again.
@@ -199,7 +203,7 @@ impl Log {
             self.spoil();
             return Err(error);
         }
-        self.commit = self.next_sequence;
+        self.last_frame = (appended.next_sequence - 1, appended.crc);
         (self.last_commit, self.end, self.next_sequence) = (self.end, appended.end, appended.next_sequence);
         Ok(())
     }
@@ -234,19 +238,9 @@ impl Log {
     }
 
     /// The last commit.
-    pub fn position(&self) -> Position {
-        Position { generation: self.header.generation, commit: self.commit }
-    }
-
-    /// What the next commit will be.
-    pub fn next_position(&self) -> Position {
-        Position { generation: self.header.generation, commit: self.next_sequence }
-    }
-
-    /// What the last commit will be of a log that says the same in so many records.
-    pub fn position_rewritten(&self, records: usize) -> Position {
-        let generation = self.next_header().generation;
-        Position { generation, commit: records.div_ceil(MAX_FRAME_RECORDS) as u64 }
+    pub fn last(&self) -> CommitName {
+        let (sequence, crc) = self.last_frame;
+        CommitName { generation: self.header.generation, sequence, crc }
     }
 
     /// Length of the log in bytes.
@@ -265,8 +259,16 @@ impl Log {
     }
 }
 
+/// A commit that is not in the log yet.
+pub struct Prepared {
+    bytes: Vec<u8>,
+    next_sequence: u64,
+    crc: u32,
+}
+
 /// Where the log ends once an appended commit counts.
 pub struct Appended {
     end: u64,
     next_sequence: u64,
+    crc: u32,
 }

@@ -80,6 +80,7 @@ struct State {
     space_left: Option<u64>,
     fail_next_sync: Option<Dice>,
     kill_at_next_sync: bool,
+    fail_next_write: bool,
     /// Writes left until the program is killed in the middle of one.
     writes_left: Option<u64>,
     /// Handles of an earlier one belong to a program that was killed.
@@ -166,6 +167,11 @@ impl SimulatedDisk {
         let mut state = self.state.lock();
         state.kill_at_next_sync = true;
         state.fail_next_sync = lose.map(|dice| Dice(dice.below(u64::MAX)));
+    }
+
+    /// Makes the next write fail with EIO, and write nothing.
+    pub fn fail_next_write(&self) {
+        self.state.lock().fail_next_write = true;
     }
 
     /// Lets `writes` more writes through; in the middle of the next one the program is killed, somewhere between two pages.
@@ -352,6 +358,9 @@ impl File for SimulatedFile {
     fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
         let mut state = self.disk.state.lock();
         state.check_power(self.disk.program)?;
+        if std::mem::take(&mut state.fail_next_write) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         let mut room = bytes.len();
         match &mut state.writes_left {
             Some(0) => {

@@ -25,6 +25,10 @@ pub const MAX_SLOTS: u32 = u32::MAX - 2;
 
 /// Length of a tail's header.
 pub const TAIL_HEADER_LEN: usize = 128;
+/// A tail has two headers, written in turns: the newer one that is whole counts.
+pub const TAIL_HEADERS: u64 = 2;
+/// Where the entries of a tail begin.
+pub const TAIL_ENTRIES_AT: u64 = TAIL_HEADERS * TAIL_HEADER_LEN as u64;
 /// Length of an entry of a tail.
 pub const TAIL_ENTRY_LEN: usize = 24;
 
@@ -272,7 +276,7 @@ impl FrameHead {
     }
 }
 
-/// Appends one frame to `out`.
+/// Appends one frame to `out`; its CRC.
 pub fn encode_frame(
     out: &mut Vec<u8>,
     seal: FrameSeal,
@@ -280,7 +284,7 @@ pub fn encode_frame(
     commit: u64,
     records: &[Record],
     more: bool,
-) {
+) -> u32 {
     assert!((1..=MAX_FRAME_RECORDS).contains(&records.len()), "the caller cuts frames to size");
     let start = out.len();
     out.extend_from_slice(FRAME_MAGIC);
@@ -295,6 +299,12 @@ pub fn encode_frame(
     out.extend_from_slice(&if more { FLAG_MORE } else { 0 }.to_le_bytes());
     let crc = seal.crc(&out[start..]);
     out.extend_from_slice(&crc.to_le_bytes());
+    crc
+}
+
+/// The CRC of a whole frame.
+pub fn crc_of_frame(frame: &[u8]) -> u32 {
+    u32_at(frame, frame.len() - 4)
 }
 
 /// Checks a whole frame and gives its records in order, and whether more frames of its commit follow. `None`: not a frame of this log.
@@ -317,20 +327,22 @@ pub fn decode_frame<'a>(
     Some((head, records, flags & FLAG_MORE != 0))
 }
 
-/// A commit's place in a layer's log.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Position {
+/// Names a commit of a layer's log: its place, and what it says, for one that was about to be may not be there, and another in its place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CommitName {
     /// The log's generation.
     pub generation: u32,
-    /// The number of the commit's first frame; 0 before the first.
-    pub commit: u64,
+    /// The number of the commit's last frame; 0 before the first.
+    pub sequence: u64,
+    /// That frame's CRC; 0 before the first.
+    pub crc: u32,
 }
 
 /// What a tail goes on from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Over {
+pub struct Predecessor {
     /// A commit.
-    pub commit: Position,
+    pub commit: CommitName,
     /// The first entry that is not in it.
     pub from: u64,
 }
@@ -344,10 +356,12 @@ pub struct TailHeader {
     pub boot: [u8; 16],
     /// 1, and one more for each tail that was begun.
     pub epoch: u64,
+    /// 0, and one more each time the header was written.
+    pub serial: u32,
     /// Random: sets its entries apart from those of any tail that was in its file before.
     pub nonce: [u8; 16],
     /// Whichever of the two is the log's last.
-    pub over: [Over; 2],
+    pub after: [Predecessor; 2],
 }
 
 impl TailHeader {
@@ -356,13 +370,15 @@ impl TailHeader {
         let mut out = Vec::with_capacity(TAIL_HEADER_LEN);
         out.extend_from_slice(TAIL_MAGIC);
         out.extend_from_slice(&VERSION.to_le_bytes());
-        out.resize(16, 0);
+        out.resize(12, 0);
+        out.extend_from_slice(&self.serial.to_le_bytes());
         out.extend_from_slice(&self.layer.0);
         out.extend_from_slice(&self.boot);
         out.extend_from_slice(&self.epoch.to_le_bytes());
-        for Over { commit, from } in self.over {
+        for Predecessor { commit, from } in self.after {
             out.extend_from_slice(&commit.generation.to_le_bytes());
-            out.extend_from_slice(&commit.commit.to_le_bytes());
+            out.extend_from_slice(&commit.crc.to_le_bytes());
+            out.extend_from_slice(&commit.sequence.to_le_bytes());
             out.extend_from_slice(&from.to_le_bytes());
         }
         out.extend_from_slice(&self.nonce);
@@ -375,16 +391,21 @@ impl TailHeader {
     /// Reads a header; `None` where it is none of this version, or not whole: a tail is no promise.
     pub fn decode(bytes: &[u8; TAIL_HEADER_LEN]) -> Option<TailHeader> {
         check_head(bytes, "delta tail", TAIL_MAGIC, TAIL_HEADER_LEN).ok()?;
-        let over = |at| Over {
-            commit: Position { generation: u32_at(bytes, at), commit: u64_at(bytes, at + 4) },
-            from: u64_at(bytes, at + 12),
+        let after = |at| Predecessor {
+            commit: CommitName {
+                generation: u32_at(bytes, at),
+                crc: u32_at(bytes, at + 4),
+                sequence: u64_at(bytes, at + 8),
+            },
+            from: u64_at(bytes, at + 16),
         };
         Some(TailHeader {
             layer: LayerId(field(bytes, 16)),
             boot: field(bytes, 32),
+            serial: u32_at(bytes, 12),
             epoch: u64_at(bytes, 48),
-            over: [over(56), over(76)],
-            nonce: field(bytes, 96),
+            after: [after(56), after(80)],
+            nonce: field(bytes, 104),
         })
     }
 
