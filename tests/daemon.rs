@@ -203,6 +203,72 @@ fn volumes_are_there_after_a_restart_with_the_repository_away() {
 }
 
 #[test]
+fn of_writes_that_come_together_each_gets_its_own_answer() {
+    let image = Image::sparse();
+    let state = image.state();
+    let server = Serve::daemon(&state).start();
+    create(&image, "v", &["--quota", "64K"]).ok();
+    let mut client = Client::open(&server, "v");
+    let size = image.raw.len() as u64;
+    let at = |page: usize| (page * PAGE) as u64;
+    let pages: Vec<[u8; PAGE]> = (0..40).map(|page| [page + 1; PAGE]).collect();
+
+    // More than there is space for: those that came first have it.
+    let writes: Vec<(u64, &[u8])> = (0..20).map(|page| (at(page * 3), &pages[page][..])).collect();
+    let results = client.write_together(&writes);
+    assert_eq!(results[..16], [Ok(()); 16]);
+    assert_eq!(results[16..], [Err(Errno::NoSpc); 4]);
+    for (page, written) in pages[..20].iter().enumerate() {
+        let there = at(page * 3) as usize;
+        let expected = if page < 16 { &written[..] } else { &image.raw[there..there + PAGE] };
+        assert!(client.read(at(page * 3), PAGE).unwrap() == expected, "page {page}");
+    }
+
+    // To what has space there is always room: the last to a page is what stays. One that is refused, and one to a part of a page, change nothing for the others.
+    let part = [99; 512];
+    let results = client.write_together(&[
+        (at(0), &pages[30]),
+        (at(3), &pages[31]),
+        (at(0), &pages[32]),
+        (size - 512, &pages[33]),
+        (at(6) + 512, &part),
+        (at(9), &pages[34]),
+        (at(9), &pages[35]),
+        (at(6), &part),
+    ]);
+    assert_eq!(results, [Ok(()), Ok(()), Ok(()), Err(Errno::NoSpc), Ok(()), Ok(()), Ok(()), Ok(())]);
+    assert!(client.read(at(0), PAGE).unwrap() == pages[32]);
+    assert!(client.read(at(3), PAGE).unwrap() == pages[31]);
+    assert!(client.read(at(6), PAGE).unwrap() == [[99; 1024].as_slice(), &pages[2][1024..]].concat());
+    assert!(client.read(at(9), PAGE).unwrap() == pages[35]);
+    client.flush().unwrap();
+
+    // What a commit has is replaced in other places, which takes nothing more: not of one write, and not of many.
+    let results =
+        client.write_together(&(0..16).map(|page| (at(page * 3), &pages[20][..])).collect::<Vec<_>>());
+    assert_eq!(results, [Ok(()); 16]);
+    client.flush().unwrap();
+    client.disconnect();
+    server.stop();
+}
+
+#[test]
+fn a_write_over_pages_of_which_some_are_the_volume_s_already_needs_quota_for_the_others_alone() {
+    let image = Image::sparse();
+    let state = image.state();
+    let server = Serve::daemon(&state).start();
+    create(&image, "v", &["--quota", "64K"]).ok();
+    let mut client = Client::open(&server, "v");
+    client.write(0, &[1; 8 * PAGE]).unwrap();
+    client.flush().unwrap();
+    client.write(0, &[2; 16 * PAGE]).unwrap();
+    assert_eq!(client.write(16 * PAGE as u64, &[2; PAGE]), Err(Errno::NoSpc));
+    assert!(client.read(0, 16 * PAGE).unwrap() == [2; 16 * PAGE]);
+    client.disconnect();
+    server.stop();
+}
+
+#[test]
 fn a_volume_at_its_quota_has_no_space_for_more_and_takes_what_it_has_again() {
     let image = Image::sparse();
     let state = image.state();

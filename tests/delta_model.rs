@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use horcrux::delta::simulated::{Dice, SimulatedDisk};
-use horcrux::delta::{Delta, DeltaError, Identity, Layer, LayerId, Source, VolumeId};
+use horcrux::delta::{Delta, DeltaError, Identity, Layer, LayerId, PageWrite, Source, VolumeId};
 use horcrux::format::CommitId;
 use horcrux::units::{ByteLen, PAGE_SIZE, PageIndex};
 
@@ -78,13 +78,13 @@ impl Model {
         }
     }
 
-    /// After a kill: each page is what was acknowledged last, or what was being written.
+    /// After a kill: each page is what was acknowledged last, or what was being written: as many of its last versions as `unsure` names it.
     fn check_after_kill(&mut self, delta: &Delta, unsure: &[u64], seed: u64) {
         for (page, versions) in self.versions.iter_mut().enumerate() {
             let found = read_page(delta, page as u64)
                 .unwrap_or_else(|error| panic!("seed {seed}: page {page} is {error} after a kill"));
-            let known =
-                if unsure.contains(&(page as u64)) { &versions[..] } else { &versions[versions.len() - 1..] };
+            let being_written = unsure.iter().filter(|unsure| **unsure == page as u64).count();
+            let known = &versions[versions.len() - 1 - being_written..];
             assert!(
                 known.contains(&found),
                 "seed {seed}: page {page} is {found:?} after a kill, not of {known:?}"
@@ -118,6 +118,12 @@ fn reopen(disk: &SimulatedDisk) -> Result<Delta, DeltaError> {
     Ok(Delta::new(vec![Arc::new(layer)]))
 }
 
+fn write_together(delta: &Delta, writes: &[(u64, Vec<u8>)]) -> Result<(), DeltaError> {
+    let writes: Vec<PageWrite<'_>> =
+        writes.iter().map(|(first, bytes)| PageWrite { first: PageIndex(*first), bytes }).collect();
+    delta.write_together(&writes)
+}
+
 fn run_sequence(seed: u64) {
     let mut dice = Dice(seed);
     let mut disk = SimulatedDisk::new();
@@ -132,7 +138,7 @@ fn run_sequence(seed: u64) {
             let first = if dice.below(2) == 0 { dice.below(40) } else { dice.below(PAGES) };
             let longest = if dice.below(8) == 0 { 600 } else { 12 };
             let len = (1 + dice.below(longest)).min(PAGES - first);
-            match dice.below(44) {
+            match dice.below(48) {
                 0..=22 => {
                     let bytes: Vec<u8> = (0..len).flat_map(|page| stamped(stamp + 1 + page)).collect();
                     // Even a write that fails may have reached the disk page by page.
@@ -141,6 +147,7 @@ fn run_sequence(seed: u64) {
                     }
                     stamp += len;
                     if delta.write(PageIndex(first), &bytes).is_err() {
+                        assert!(disk.is_off(), "seed {seed}");
                         break;
                     }
                 }
@@ -178,6 +185,43 @@ fn run_sequence(seed: u64) {
                     } else {
                         model.check_after_kill(&delta, &[], seed);
                     }
+                }
+                43..=46 => {
+                    // Writes that came together, to the same pages too. Killed in the middle of them, they may be there or not, each page for itself.
+                    let killed = dice.below(4) == 0;
+                    let mut unsure = Vec::new();
+                    let together: Vec<(u64, Vec<u8>)> = (0..2 + dice.below(30))
+                        .map(|_| {
+                            let first = if dice.below(3) == 0 { first } else { dice.below(PAGES - 4) };
+                            let pages = first..(first + 1 + dice.below(3)).min(PAGES);
+                            let bytes = pages.clone().flat_map(|page| {
+                                stamp += 1;
+                                model.set(page, Content::Stamp(stamp));
+                                stamped(stamp)
+                            });
+                            let bytes = bytes.collect();
+                            unsure.extend(pages);
+                            (first, bytes)
+                        })
+                        .collect();
+                    if killed {
+                        disk.kill_at_write(dice.below(together.len() as u64 + 2));
+                    }
+                    let written = write_together(&delta, &together);
+                    if !killed {
+                        if written.is_err() {
+                            assert!(disk.is_off(), "seed {seed}");
+                            break;
+                        }
+                        continue;
+                    }
+                    disk.kill();
+                    delta = match reopen(&disk) {
+                        Ok(delta) => delta,
+                        Err(_) if disk.is_off() => break,
+                        Err(error) => panic!("seed {seed}: {error}"),
+                    };
+                    model.check_after_kill(&delta, if written.is_ok() { &[] } else { &unsure[..] }, seed);
                 }
                 41 | 42 => {
                     // Killed between two requests, or in the middle of a write.
@@ -275,7 +319,13 @@ fn a_full_disk_is_enospc_and_nothing_written_before_is_lost() {
                     Err(other) => panic!("seed {seed}: {other}"),
                 }
             }
-            match delta.write(PageIndex(page), &bytes) {
+            // Every other time as one write for each page, that came together.
+            let pages = || bytes.chunks(PAGE).zip(page..).map(|(bytes, page)| (page, bytes.to_vec()));
+            let written = match dice.below(2) {
+                0 => delta.write(PageIndex(page), &bytes),
+                _ => write_together(&delta, &pages().collect::<Vec<_>>()),
+            };
+            match written {
                 Ok(()) => (page..page + len).for_each(|page| model.set(page, content)),
                 Err(DeltaError::Full { .. }) => {
                     // A page that was overwritten in place may be torn only until it is flushed; it is written again here.
@@ -322,6 +372,43 @@ fn a_full_disk_is_enospc_and_nothing_written_before_is_lost() {
         }
         disk.limit_space(None);
         model.check_now(&reopen(&disk).unwrap(), seed);
+    }
+}
+
+#[test]
+fn of_writes_that_came_together_those_before_a_failure_are_there_and_the_others_never_were() {
+    for killed in [false, true] {
+        for failing in 0..=8 {
+            let disk = SimulatedDisk::new();
+            let layer = Layer::create(disk.dir(), &identity(), LayerId([2; 16])).unwrap();
+            let mut delta = Delta::new(vec![Arc::new(layer)]);
+            // Pages that are written in place, such that are not because a commit has them, and such that were never written; one of them twice.
+            (20..24).for_each(|page| delta.write(PageIndex(page), &stamped(page)).unwrap());
+            delta.flush().unwrap();
+            (10..12).for_each(|page| delta.write(PageIndex(page), &stamped(page)).unwrap());
+            let pages = [10, 1, 2, 20, 21, 11, 2, 3];
+            let writes: Vec<(u64, Vec<u8>)> =
+                (100..).zip(pages).map(|(n, page)| (page, stamped(n))).collect();
+            // The first write of the disk says where they go.
+            disk.fail_write_after(failing);
+            let written = write_together(&delta, &writes);
+            assert_eq!(written.is_ok(), failing > pages.len() as u64, "{failing}: {written:?}");
+            if killed {
+                disk.kill();
+                delta = reopen(&disk).unwrap();
+            }
+            for page in [1, 2, 3, 10, 11, 20, 21, 22] {
+                let before = if page < 10 { Content::Base } else { Content::Stamp(page) };
+                let its = pages.iter().zip(100..).zip(1..=8).filter(|((at, _), _)| **at == page);
+                let last = its.filter(|(_, nth)| *nth < failing.max(1) + u64::from(written.is_ok()));
+                let expected = last.last().map_or(before, |((_, n), _)| Content::Stamp(n));
+                assert_eq!(read_page(&delta, page), Ok(expected), "{failing} {killed} page {page}");
+            }
+            // All of it once more.
+            write_together(&delta, &writes).unwrap();
+            delta.flush().unwrap();
+            assert_eq!(read_page(&delta, 2), Ok(Content::Stamp(106)));
+        }
     }
 }
 

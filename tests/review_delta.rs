@@ -54,7 +54,7 @@ fn a_tail_that_can_t_be_written_fails_the_flush_and_what_comes_after() {
     let disk = SimulatedDisk::new();
     let delta = create(disk.dir());
     delta.write(PageIndex(0), &[1; PAGE]).unwrap();
-    disk.fail_next_write();
+    disk.fail_write_after(0);
     let (told, flushed) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let first = delta.flush().map_err(|error| error.to_string());

@@ -10,8 +10,9 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command as Program;
+use std::time::Duration;
 
-use harness::{Client, Image, PAGE, Serve, Server, need, noise, run};
+use harness::{Client, Image, PAGE, Serve, Server, need, noise, run, until};
 use nbd_proto::client::Wish;
 use nbd_proto::{Command, CommandFlags, Errno, HeaderMode, StatusQuery};
 use serde_json::Value;
@@ -532,6 +533,36 @@ fn many_requests_of_one_connection_are_answered_whatever_their_order() {
         assert!(answer.data == image.raw[at..at + 2 * PAGE]);
     }
     client.disconnect();
+    server.stop();
+}
+
+#[test]
+fn any_number_of_writes_in_one_burst_is_answered_and_done_before_a_disconnect_behind_them() {
+    let image = Image::sparse();
+    let server = Serve::disk(&image).start();
+    for (len, fua) in [(512, 0), (PAGE, 0), (PAGE, 200), (512, 200)] {
+        let content = |salt: u8| -> Vec<u8> { (0..600 * len).map(|n| (n / len * 7) as u8 ^ salt).collect() };
+        let places = (MIB as u64..).step_by(len);
+        let mut client = Client::open(&server, "disk");
+        let data = content(fua as u8);
+        let writes: Vec<(u64, &[u8])> = places.clone().zip(data.chunks(len)).collect();
+        // Those with FUA wait for a commit while the others come.
+        client.submit_writes(&writes[..fua], CommandFlags::FUA).unwrap();
+        client.submit_writes(&writes[fua..], NONE).unwrap();
+        writes.iter().for_each(|_| client.answer().unwrap().result.unwrap());
+        assert!(client.read(MIB as u64, data.len()).unwrap() == data);
+
+        // Once more with other bytes, and nobody waits for an answer.
+        let data = content(99);
+        let writes: Vec<(u64, &[u8])> = places.zip(data.chunks(len)).collect();
+        let mut leaving = Client::open(&server, "disk");
+        leaving.submit_writes(&writes[..fua], CommandFlags::FUA).unwrap();
+        leaving.submit_writes(&writes[fua..], NONE).unwrap();
+        leaving.disconnect();
+        let is_done = until(Duration::from_secs(30), || client.read(MIB as u64, data.len()).unwrap() == data);
+        assert!(is_done, "writes before a disconnect were not done: {len} {fua}");
+        client.disconnect();
+    }
     server.stop();
 }
 

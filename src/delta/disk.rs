@@ -4,12 +4,17 @@
 //! caller's argument (FORMAT.md), made with [`File::sync`] and [`Dir::sync`] alone.
 
 use std::fs;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use smallvec::SmallVec;
+
+/// Parts that one system call writes.
+const SLICES: usize = 64;
 
 /// An open file.
 pub trait File: Send + Sync {
@@ -19,6 +24,17 @@ pub trait File: Send + Sync {
     fn read_at_nowait(&self, buf: &mut [u8], at: u64) -> io::Result<bool>;
     /// Writes all of `bytes` at `at`. On `Err` any part of it may have been written.
     fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()>;
+    /// Writes the parts one after the other from `at` on, as [`File::write_at`] would: how many of them are there whole, and what became of the next.
+    fn write_parts_at(&self, parts: &[&[u8]], at: u64) -> (usize, io::Result<()>) {
+        let mut at = at;
+        for (whole, part) in parts.iter().enumerate() {
+            if let Err(error) = self.write_at(part, at) {
+                return (whole, Err(error));
+            }
+            at += part.len() as u64;
+        }
+        (parts.len(), Ok(()))
+    }
     /// Makes everything written so far durable, and the length. After an `Err` nothing is known of any of it.
     fn sync(&self) -> io::Result<()>;
     /// Length in bytes.
@@ -143,6 +159,34 @@ impl File for OsFile {
         self.file.write_all_at(bytes, at)
     }
 
+    fn write_parts_at(&self, parts: &[&[u8]], at: u64) -> (usize, io::Result<()>) {
+        let (mut written, mut whole) = (0, 0);
+        while whole < parts.len() {
+            // What the last call left of the first of these.
+            let (mut skip, some) = (written, &parts[whole..parts.len().min(whole + SLICES)]);
+            let slices: SmallVec<[IoSlice<'_>; SLICES]> =
+                some.iter().map(|part| IoSlice::new(&part[std::mem::take(&mut skip)..])).collect();
+            let offset = at + parts[..whole].iter().map(|part| part.len() as u64).sum::<u64>();
+            match rustix::io::pwritev(&self.file, &slices, offset + written as u64) {
+                Ok(0) if slices.iter().any(|slice| !slice.is_empty()) => {
+                    return (whole, Err(io::ErrorKind::WriteZero.into()));
+                }
+                Ok(more) => {
+                    written += more;
+                    while let Some(part) = parts.get(whole)
+                        && written >= part.len()
+                    {
+                        written -= part.len();
+                        whole += 1;
+                    }
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return (whole, Err(error.into())),
+            }
+        }
+        (whole, Ok(()))
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
@@ -164,5 +208,42 @@ impl File for OsFile {
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_lie_one_after_the_other_however_many_there_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = OsDir::new(dir.path()).create("f").unwrap();
+        let bytes: Vec<u8> = (0..100_000u32).map(|n| (n * 7 + n / 251) as u8).collect();
+        // Of every length, none among them.
+        let mut cuts: Vec<usize> = (0..200).map(|n| n * n * 5 / 2).collect();
+        cuts.extend([0, 100, 100, 90_000, 90_000, bytes.len()]);
+        cuts.sort_unstable();
+        let parts: Vec<&[u8]> = cuts.windows(2).map(|ends| &bytes[ends[0]..ends[1]]).collect();
+        assert!(parts.len() > 3 * SLICES);
+        let (whole, done) = file.write_parts_at(&parts, 4000);
+        done.unwrap();
+        assert_eq!(whole, parts.len());
+        let mut found = vec![0; bytes.len()];
+        file.read_at(&mut found, 4000).unwrap();
+        assert!(found == bytes);
+        assert_eq!(file.len().unwrap(), 4000 + bytes.len() as u64);
+    }
+
+    #[test]
+    fn a_file_that_takes_no_more_says_how_many_parts_it_has() {
+        // No file is longer than this.
+        const LONGEST: u64 = i64::MAX as u64;
+        let dir = tempfile::tempdir().unwrap();
+        let file = OsDir::new(dir.path()).create("f").unwrap();
+        assert!(file.write_parts_at(&[&[1; 100]], LONGEST).1.is_err());
+        let full = OsFile::new(fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+        let (whole, done) = full.write_parts_at(&[&[], &[1; 10], &[2; 10]], 0);
+        assert_eq!((whole, done.unwrap_err().kind()), (0, io::ErrorKind::StorageFull));
     }
 }

@@ -39,7 +39,8 @@ const SAID_SOFT: u64 = 1 << 18;
 const PENDING_HARD: usize = 1 << 22;
 /// Freed runs of at least this many slots are given back to the file system.
 const PUNCH_MIN_SLOTS: u32 = 16;
-
+/// A longer write is done in pieces of so many bytes: while its checksums are made, they stay in the processor's cache.
+const WRITTEN_AT_ONCE: usize = 1 << 20;
 /// Times a reader tries before it holds the writers off.
 const READS_ACROSS_WRITES: usize = 8;
 
@@ -318,37 +319,72 @@ impl Layer {
     /// Writes whole pages from `first` on. Not durable before the next flush. On `Err` each page is old or new.
     pub fn write(&self, first: PageIndex, bytes: &[u8]) -> Result<(), DeltaError> {
         debug_assert!(bytes.len().is_multiple_of(PAGE_SIZE as usize));
+        let firsts = (first.0..).step_by((WRITTEN_AT_ONCE as u64 / PAGE_SIZE) as usize).map(PageIndex);
+        let mut pieces = firsts.zip(bytes.chunks(WRITTEN_AT_ONCE));
+        pieces.try_for_each(|(first, bytes)| self.write_together(&[PageWrite { first, bytes }]))
+    }
+
+    /// Does small writes that came together, in their order, for less than each by itself costs. Else as [`Layer::write`].
+    pub fn write_together(&self, writes: &[PageWrite<'_>]) -> Result<(), DeltaError> {
         self.check_writable()?;
-        let total = bytes.len() as u64 / PAGE_SIZE;
         let _gate = self.gate.read();
-        let mut done = 0;
-        while done < total {
-            let at = PageIndex(first.0 + done);
-            let place = self.place(at, total - done)?;
-            let part = (done * PAGE_SIZE) as usize..((done + u64::from(place.pages)) * PAGE_SIZE) as usize;
-            let part = &bytes[part];
-            // Before the bytes: those that are there and are not what was said are nobody's.
-            let said: SmallVec<[TailEntry; 4]> = tail::entries_of(at, place.slot, part).collect();
-            let written = self.say(&said).and_then(|()| {
-                let write = || self.data.write_at(part, place.slot.offset());
-                let written =
-                    if place.named { self.in_place.write(place.slot, place.pages, write) } else { write() };
-                written.map_err(|source| self.data_failed("write", source))
-            });
-            if let Err(error) = written {
-                if !place.named {
-                    self.slots.lock().release(place.slot, place.pages);
-                }
-                return Err(error);
-            }
-            // After the bytes: set before, it could be cleared by the commit under way, whose sync they then miss.
-            self.data_dirty.store(true, Ordering::Release);
-            if !place.named {
+        let mut parts: SmallVec<[Part<'_>; 4]> = SmallVec::new();
+        let mut filled = 0;
+        let written = self.place_all(writes, &mut parts).and_then(|()| self.fill(&parts, &mut filled));
+        // After the bytes: set before, it could be cleared by the commit under way, whose sync they then miss.
+        self.data_dirty.store(true, Ordering::Release);
+        let (filled, empty) = parts.split_at(filled);
+        let mut shared = self.shared.write();
+        for Part { first, slot, named, bytes } in filled {
+            if !named {
                 // After the bytes: a reader that finds the slot finds them in it.
-                let state = PageState::data(place.slot);
-                self.shared.write().note(Record { first: at, pages: place.pages, state });
+                let record = Record { first: *first, pages: pages_of(bytes), state: PageState::data(*slot) };
+                shared.note(record);
             }
-            done += u64::from(place.pages);
+        }
+        drop(shared);
+        let mut slots = self.slots.lock();
+        for part in empty.iter().filter(|part| !part.named) {
+            slots.release(part.slot, pages_of(part.bytes));
+        }
+        written
+    }
+
+    /// Finds a place for each page. What is in `parts` in the end was taken, also on `Err`.
+    fn place_all<'a>(
+        &self,
+        writes: &[PageWrite<'a>],
+        parts: &mut SmallVec<[Part<'a>; 4]>,
+    ) -> Result<(), DeltaError> {
+        let mut added = 0;
+        for PageWrite { first, bytes } in writes {
+            let (mut at, mut bytes) = (*first, *bytes);
+            while !bytes.is_empty() {
+                let Place { slot, pages, named, adds } = self.place(at, u64::from(pages_of(bytes)), added)?;
+                let (here, rest) = bytes.split_at(pages as usize * PAGE_SIZE as usize);
+                parts.push(Part { first: at, slot, named, bytes: here });
+                added += if adds { u64::from(pages) } else { 0 };
+                at.0 += u64::from(pages);
+                bytes = rest;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the bytes where they were placed; `filled` of the parts have theirs in the end, also on `Err`.
+    fn fill(&self, parts: &[Part<'_>], filled: &mut usize) -> Result<(), DeltaError> {
+        // Before the bytes: those that are there and are not what was said are nobody's.
+        let said: SmallVec<[TailEntry; 4]> =
+            parts.iter().flat_map(|part| tail::entries_of(part.first, part.slot, part.bytes)).collect();
+        self.say(&said)?;
+        for run in parts.chunk_by(Part::goes_on) {
+            let Part { slot, named, .. } = run[0];
+            let bytes: SmallVec<[&[u8]; 4]> = run.iter().map(|part| part.bytes).collect();
+            let write = || self.data.write_parts_at(&bytes, slot.offset());
+            let pages = run.iter().map(|part| pages_of(part.bytes)).sum();
+            let (whole, written) = if named { self.in_place.write(slot, pages, write) } else { write() };
+            *filled += whole;
+            written.map_err(|source| self.data_failed("write", source))?;
         }
         Ok(())
     }
@@ -358,8 +394,9 @@ impl Layer {
         self.tails.lock().append(&*self.dir, entries)
     }
 
-    /// Where the next pages go (rule 1): in place if their slots are in no commit, captured or durable; else into slots nobody names.
-    fn place(&self, at: PageIndex, limit: u64) -> Result<Place, DeltaError> {
+    /// Where the next pages go (rule 1): in place if their slots are in no commit, captured or durable; else into slots nobody names. `added` pages, of which the map
+    /// does not know yet, are about to have a slot that had none.
+    fn place(&self, at: PageIndex, limit: u64, added: u64) -> Result<Place, DeltaError> {
         let (state, run, taken) = {
             let pages = &self.shared.read().pages;
             let (state, run) = pages.run(at, limit);
@@ -367,22 +404,22 @@ impl Layer {
         };
         let run = run.min(u64::from(u32::MAX)) as u32;
         let mut slots = self.slots.lock();
-        let want = if let PageKind::Data(slot) = state.kind() {
+        let (want, adds) = if let PageKind::Data(slot) = state.kind() {
             let (fresh, alike) = slots.fresh_run(slot, run);
             if fresh {
-                return Ok(Place { slot, pages: alike, named: true });
+                return Ok(Place { slot, pages: alike, named: true, adds: false });
             }
-            alike
+            (alike, false)
         } else {
-            let left = self.quota_pages.saturating_sub(taken);
+            let left = self.quota_pages.saturating_sub(taken + added);
             if left == 0 {
                 return Err(DeltaError::Quota(ByteLen(self.quota_pages * PAGE_SIZE)));
             }
-            left.min(u64::from(run)) as u32
+            (left.min(u64::from(run)) as u32, true)
         };
         let (slot, pages) =
             slots.take(want).ok_or_else(|| DeltaError::Full { path: self.dir.describe(DATA_FILE) })?;
-        Ok(Place { slot, pages, named: false })
+        Ok(Place { slot, pages, named: false, adds })
     }
 
     /// Sets whole pages to a state without bytes: zero, or base (which uncovers what is below).
@@ -577,11 +614,42 @@ impl Layer {
     }
 }
 
+/// Whole pages to be written.
+#[derive(Clone, Copy, Debug)]
+pub struct PageWrite<'a> {
+    /// The first of them.
+    pub first: PageIndex,
+    /// Their bytes.
+    pub bytes: &'a [u8],
+}
+
 struct Place {
     slot: Slot,
     pages: u32,
     /// The map names the slot already, for these pages.
     named: bool,
+    /// The pages had no slot.
+    adds: bool,
+}
+
+/// Pages of a write that go to consecutive slots.
+struct Part<'a> {
+    first: PageIndex,
+    slot: Slot,
+    named: bool,
+    bytes: &'a [u8],
+}
+
+impl Part<'_> {
+    /// Whether the next one's slots come right after this one's, to be written in the same way.
+    fn goes_on(&self, next: &Part<'_>) -> bool {
+        self.named == next.named && self.slot.0 + pages_of(self.bytes) == next.slot.0
+    }
+}
+
+/// How many pages these are the bytes of.
+fn pages_of(bytes: &[u8]) -> u32 {
+    (bytes.len() as u64 / PAGE_SIZE) as u32
 }
 
 impl Shared {

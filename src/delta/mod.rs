@@ -16,5 +16,5 @@ mod tail;
 
 pub use crate::format::delta::{LayerId, Slot, VolumeId};
 pub use error::DeltaError;
-pub use layer::{DATA_FILE, Identity, Layer, Pin};
+pub use layer::{DATA_FILE, Identity, Layer, PageWrite, Pin};
 pub use stack::{Delta, Run, Source};

@@ -80,7 +80,8 @@ struct State {
     space_left: Option<u64>,
     fail_next_sync: Option<Dice>,
     kill_at_next_sync: bool,
-    fail_next_write: bool,
+    /// Writes left until one fails.
+    writes_to_failure: Option<u64>,
     /// Writes left until the program is killed in the middle of one.
     writes_left: Option<u64>,
     /// Handles of an earlier one belong to a program that was killed.
@@ -169,9 +170,9 @@ impl SimulatedDisk {
         state.fail_next_sync = lose.map(|dice| Dice(dice.below(u64::MAX)));
     }
 
-    /// Makes the next write fail with EIO, and write nothing.
-    pub fn fail_next_write(&self) {
-        self.state.lock().fail_next_write = true;
+    /// Lets `writes` more writes through; the next one fails with EIO, and writes nothing.
+    pub fn fail_write_after(&self, writes: u64) {
+        self.state.lock().writes_to_failure = Some(writes);
     }
 
     /// Lets `writes` more writes through; in the middle of the next one the program is killed, somewhere between two pages.
@@ -358,8 +359,13 @@ impl File for SimulatedFile {
     fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
         let mut state = self.disk.state.lock();
         state.check_power(self.disk.program)?;
-        if std::mem::take(&mut state.fail_next_write) {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
+        match &mut state.writes_to_failure {
+            Some(0) => {
+                state.writes_to_failure = None;
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+            Some(left) => *left -= 1,
+            None => {}
         }
         let mut room = bytes.len();
         match &mut state.writes_left {

@@ -8,7 +8,7 @@ use crate::format::delta::{PageKind, PageState, Slot};
 use crate::units::{PAGE_SIZE, PageIndex};
 
 use super::error::DeltaError;
-use super::layer::{Layer, Pin};
+use super::layer::{Layer, PageWrite, Pin};
 
 /// Where the pages of a run are.
 #[derive(Clone, Debug)]
@@ -96,6 +96,11 @@ impl Delta {
     /// Writes whole pages; see [`Layer::write`].
     pub fn write(&self, first: PageIndex, bytes: &[u8]) -> Result<(), DeltaError> {
         self.top().write(first, bytes)
+    }
+
+    /// Does writes that came together; see [`Layer::write_together`].
+    pub fn write_together(&self, writes: &[PageWrite<'_>]) -> Result<(), DeltaError> {
+        self.top().write_together(writes)
     }
 
     /// Makes whole pages zero, at a cost by extents.

@@ -7,7 +7,7 @@
 use smallvec::SmallVec;
 use tokio::sync::{Mutex, MutexGuard};
 
-use crate::units::{ByteRange, PAGE_SIZE};
+use crate::units::{ByteOffset, ByteRange, PAGE_SIZE};
 
 const STRIPES: u64 = 1024;
 const STRIPE_BYTES: u64 = 64 * PAGE_SIZE;
@@ -49,6 +49,33 @@ impl Stripes {
         Self::numbers(range).into_iter().map(|number| self.stripes[number].try_lock().ok()).collect()
     }
 
+    /// Whether a range, which is not empty, lies in one stripe.
+    pub fn is_one(range: ByteRange) -> bool {
+        range.start.0 / STRIPE_BYTES == (range.end.0 - 1) / STRIPE_BYTES
+    }
+
+    /// For each of these places whether its stripe is held now: it was free, or it is one's before it.
+    pub fn try_hold_each(
+        &self,
+        places: impl Iterator<Item = ByteOffset>,
+    ) -> (Held<'_>, SmallVec<[bool; 64]>) {
+        let mut held = Held::new();
+        let mut seen: SmallVec<[(u64, bool); 64]> = SmallVec::new();
+        let each = places.map(|at| {
+            let number = at.0 / STRIPE_BYTES % STRIPES;
+            if let Some((_, is_held)) = seen.iter().find(|(tried, _)| *tried == number) {
+                return *is_held;
+            }
+            let guard = self.stripes[number as usize].try_lock().ok();
+            let is_held = guard.is_some();
+            held.extend(guard);
+            seen.push((number, is_held));
+            is_held
+        });
+        let each = each.collect();
+        (held, each)
+    }
+
     /// Waits for the stripes of a range.
     pub async fn hold(&self, range: ByteRange) -> Held<'_> {
         let mut held = Held::new();
@@ -62,7 +89,7 @@ impl Stripes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::{ByteLen, ByteOffset};
+    use crate::units::ByteLen;
 
     fn range(at: u64, len: u64) -> ByteRange {
         ByteRange::at(ByteOffset(at), ByteLen(len)).unwrap()
@@ -87,6 +114,20 @@ mod tests {
             stripes.try_hold(range(100, (STRIPES - 1) * STRIPE_BYTES)).unwrap().len(),
             STRIPES as usize
         );
+    }
+
+    #[test]
+    fn of_many_places_those_are_held_that_nobody_else_has() {
+        let stripes = Stripes::new();
+        let elsewhere = stripes.try_hold(range(5 * STRIPE_BYTES, 1)).unwrap();
+        let places =
+            [0, 3 * STRIPE_BYTES, 8192, 5 * STRIPE_BYTES + 4096, 5 * STRIPE_BYTES, 0].map(ByteOffset);
+        let (held, each) = stripes.try_hold_each(places.into_iter());
+        assert_eq!(each[..], [true, true, true, false, false, true]);
+        assert_eq!(held.len(), 2);
+        assert!(stripes.try_hold(range(4096, 1)).is_none());
+        drop((held, elsewhere));
+        assert!(stripes.try_hold(range(0, 8 * STRIPE_BYTES)).is_some());
     }
 
     #[test]

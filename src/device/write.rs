@@ -6,15 +6,20 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use smallvec::SmallVec;
 
-use crate::delta::Delta;
+use crate::delta::{Delta, PageWrite};
 use crate::units::{ByteLen, ByteOffset, ByteRange, PAGE_SIZE, PageIndex};
 
+use super::stripes::Stripes;
 use super::{Device, DeviceError, Fence, Now, Piece};
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Zeroes that must take space are written in pieces of this size.
 const ZERO_PIECE: u64 = 1 << 20;
+
+/// So many writes that came together need no memory of their own.
+const TOGETHER: usize = 64;
 
 /// What to put into a range.
 #[derive(Clone, Debug)]
@@ -83,6 +88,34 @@ impl Device {
     #[inline]
     pub fn write_now(&self, fence: &Fence, at: ByteOffset, bytes: &[u8]) -> Result<Now, DeviceError> {
         self.change_now(fence, byte_range(at, bytes.len() as u64, self.size)?, &Content::Bytes(bytes))
+    }
+
+    /// Whether a write of this range may go together with others: it is small, and of whole pages.
+    #[inline]
+    pub fn may_go_together(range: ByteRange) -> bool {
+        let is_whole = |at: ByteOffset| at.0.is_multiple_of(PAGE_SIZE);
+        !range.is_empty() && is_whole(range.start) && is_whole(range.end) && Stripes::is_one(range)
+    }
+
+    /// Does writes that came together and may go together, in their order: each is told whether it is done, or is to be tried by itself because something must be
+    /// waited for. On `Err` any of them may be done, and each page is as it was or as one of them has it.
+    pub fn write_together_now(
+        &self,
+        fence: &Fence,
+        writes: &[(ByteOffset, &[u8])],
+    ) -> Result<SmallVec<[bool; TOGETHER]>, DeviceError> {
+        for (at, bytes) in writes {
+            let range = byte_range(*at, bytes.len() as u64, self.size)?;
+            debug_assert!(Device::may_go_together(range));
+            self.writable(range)?;
+        }
+        let (_held, each) = self.stripes.try_hold_each(writes.iter().map(|(at, _)| *at));
+        let held = writes.iter().zip(&each).filter(|(_, is_held)| **is_held);
+        let pages: SmallVec<[PageWrite<'_>; TOGETHER]> =
+            held.map(|((at, bytes), _)| PageWrite { first: at.page(), bytes }).collect();
+        let _passage = fence.enter().ok_or(DeviceError::Fenced)?;
+        self.delta.as_ref().ok_or(DeviceError::ReadOnly)?.write_together(&pages)?;
+        Ok(each)
     }
 
     /// Writes `bytes` at `at`, waiting for what must be waited for.

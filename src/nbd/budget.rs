@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Bytes that requests under way may be about, and one more request a connection.
+/// Bytes that requests under way may be about, and one more request a connection, or the small ones it received at once.
 const BYTES: u64 = 256 << 20;
 
 /// So much is taken.

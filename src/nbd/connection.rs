@@ -4,9 +4,10 @@
 //! [`MAX_OUTPUT`], and a [`Budget`] all clients share); when a bound is reached no more is read from it until something has left.
 //!
 //! While nothing is in flight the thread waits in the receive call itself: a warm request costs one receive and one send and no other system call. Payloads of
-//! writes are used where they were received if they are there whole, else received straight into a buffer of their own.
+//! writes are used where they were received if they are there whole (and then all of them together), else received straight into a buffer of their own.
 
 use std::io::{self, IoSlice};
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +19,11 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno as SystemError;
 use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
+use smallvec::SmallVec;
 use tokio::runtime::Handle;
+
+use crate::device::Fence;
+use crate::units::ByteOffset;
 
 use super::budget::{Budget, Share};
 use super::counts::Batch;
@@ -33,7 +38,7 @@ use super::request::{self, ContextKind, Rest};
 
 /// Requests that wait for something, of one connection.
 const MAX_IN_FLIGHT: usize = 256;
-/// Bytes those requests are about; one more request may go past it.
+/// Bytes those requests are about; one more request may go past it, or the small ones that were received at once.
 const MAX_IN_FLIGHT_BYTES: u64 = 64 << 20;
 /// Bytes of replies the client has not taken; one more reply may go past it.
 const MAX_OUTPUT: u64 = 8 << 20;
@@ -110,6 +115,8 @@ struct Connection {
     /// Payloads that did not come with their header; grows to the largest and is used again.
     payload: Vec<u8>,
     receiving: Receiving,
+    /// Writes that may go together, whole and not begun, with where their payloads are in `input`; none is left when something else is begun.
+    gathered: Vec<(Request, Range<usize>)>,
     output: Output,
     in_flight: usize,
     in_flight_bytes: u64,
@@ -162,6 +169,7 @@ pub fn run(
         input: Received::starting_with(&input),
         payload: Vec::new(),
         receiving: Receiving::Header,
+        gathered: Vec::new(),
         output: Output::default(),
         in_flight: 0,
         in_flight_bytes: 0,
@@ -359,6 +367,12 @@ impl Connection {
 
     /// Does what the bytes received so far ask for.
     fn process(&mut self) -> Result<(), StreamError> {
+        let taken_on = self.take_on_all();
+        self.begin_gathered();
+        taken_on
+    }
+
+    fn take_on_all(&mut self) -> Result<(), StreamError> {
         while self.has_room() {
             match self.receiving {
                 Receiving::Header => {
@@ -407,23 +421,31 @@ impl Connection {
     #[inline]
     fn take_on(&mut self, request: Request) {
         let payload_len = request.payload as usize;
-        match validate(&request, &self.facts) {
+        let validated = validate(&request, &self.facts);
+        let is_here = payload_len <= self.input.bytes().len();
+        if validated.is_ok() && is_here && request::may_go_together(&request) {
+            self.decoder.payload_done();
+            let payload = self.input.take(payload_len);
+            self.gathered.push((request, payload));
+            if self.in_flight + self.gathered.len() >= MAX_IN_FLIGHT {
+                // Any of them may have to wait.
+                self.begin_gathered();
+            }
+            return;
+        }
+        self.begin_gathered();
+        match validated {
             Err(errno) if payload_len == 0 => self.refuse(&request, errno),
             Err(errno) => self.receiving = Receiving::Drain { request, errno, left: payload_len },
-            Ok(()) if payload_len <= self.input.bytes().len() => {
+            Ok(()) if is_here => {
                 // Taken out for the call, which needs the rest of the connection too.
-                let input = std::mem::take(&mut self.input);
-                let payload = &input.bytes()[..payload_len];
+                let mut input = std::mem::take(&mut self.input);
                 if payload_len > 0 {
                     self.decoder.payload_done();
                 }
-                if let Some(rest) = self.begin(&request, payload) {
-                    // What is left of a request that is written already needs no payload.
-                    let needed = if matches!(rest, Rest::All) { payload } else { &[] };
-                    self.begin_task(request, Bytes::copy_from_slice(needed), rest);
-                }
+                let payload = input.take(payload_len);
+                self.begin_or_task(request, input.taken(payload));
                 self.input = input;
-                self.input.consume(payload_len);
             }
             Ok(()) => {
                 // Validation bounds it. What is here moves over, the rest is received into its place.
@@ -435,6 +457,42 @@ impl Connection {
                 self.input.consume(here);
                 self.receiving = Receiving::Payload { request, here };
             }
+        }
+    }
+
+    /// Begins the writes that were gathered: together, and those that can't be each by itself.
+    fn begin_gathered(&mut self) {
+        if self.gathered.is_empty() {
+            return;
+        }
+        let (input, mut gathered) = (std::mem::take(&mut self.input), std::mem::take(&mut self.gathered));
+        let writes: SmallVec<[(ByteOffset, &[u8]); 64]> = gathered
+            .iter()
+            .map(|(request, payload)| (ByteOffset(request.offset), input.taken(payload.clone())))
+            .collect();
+        let done = match writes.len() {
+            1 => SmallVec::from_elem(false, 1),
+            _ => self.change(|export, fence| request::write_together(export, fence, &writes)),
+        };
+        for (((request, _), (_, payload)), is_done) in gathered.iter().zip(&writes).zip(done) {
+            if is_done {
+                self.answer(request, Outcome::Done);
+            } else {
+                self.begin_or_task(*request, payload);
+            }
+        }
+        drop(writes);
+        gathered.clear();
+        (self.input, self.gathered) = (input, gathered);
+    }
+
+    /// Begins a request whose payload is here; where it must wait, as a task with a copy of that.
+    #[inline]
+    fn begin_or_task(&mut self, request: Request, payload: &[u8]) {
+        if let Some(rest) = self.begin(&request, payload) {
+            // What is left of a request that is written already needs no payload.
+            let needed = if matches!(rest, Rest::All) { payload } else { &[] };
+            self.begin_task(request, Bytes::copy_from_slice(needed), rest);
         }
     }
 
@@ -452,15 +510,11 @@ impl Connection {
     /// Does at once what can be done at once; tells what is left for a task.
     #[inline]
     fn begin(&mut self, request: &Request, payload: &[u8]) -> Option<Rest> {
-        if request.command.is_write() && self.unchecked {
-            // The client may have sent this again after another of its connections died: what that one still has must not come after it.
-            self.membership.fence_the_dead();
-            self.unchecked = false;
-        }
-        let tried = request::try_now(&self.export, self.membership.fence(), request, payload);
-        if request.command.is_write() && self.export.device().claim_unasked_commit() {
-            self.commit_unasked();
-        }
+        let tried = if request.command.is_write() {
+            self.change(|export, fence| request::try_now(export, fence, request, payload))
+        } else {
+            request::try_now(&self.export, self.membership.fence(), request, payload)
+        };
         match tried {
             Ok(outcome) => {
                 self.answer(request, outcome);
@@ -468,6 +522,21 @@ impl Connection {
             }
             Err(rest) => Some(rest),
         }
+    }
+
+    /// Does something that changes the device.
+    #[inline]
+    fn change<T>(&mut self, work: impl FnOnce(&Export, &Fence) -> T) -> T {
+        if self.unchecked {
+            // The client may have sent this again after another of its connections died: what that one still has must not come after it.
+            self.membership.fence_the_dead();
+            self.unchecked = false;
+        }
+        let done = work(&self.export, self.membership.fence());
+        if self.export.device().claim_unasked_commit() {
+            self.commit_unasked();
+        }
+        done
     }
 
     fn begin_task(&mut self, request: Request, payload: Bytes, rest: Rest) {

@@ -2,6 +2,8 @@
 //!
 //! Invariant: there is always room to receive into, because what is used makes room and a request header is far smaller than the buffer.
 
+use std::ops::Range;
+
 /// Bytes received at a time: 64 writes of 4 KiB.
 const CAPACITY: usize = 256 << 10;
 /// With less room than this behind them, bytes move to the front.
@@ -42,6 +44,20 @@ impl Received {
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
         }
+    }
+
+    /// As [`Received::consume`]; [`Received::taken`] has those bytes until more is received.
+    #[inline]
+    pub fn take(&mut self, count: usize) -> Range<usize> {
+        let taken = self.start..self.start + count;
+        self.consume(count);
+        taken
+    }
+
+    /// Bytes that were taken.
+    #[inline]
+    pub fn taken(&self, taken: Range<usize>) -> &[u8] {
+        &self.buffer[taken]
     }
 
     /// Where to receive; never empty.

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use nbd_proto::{Command, CommandFlags, Errno, Extent, Request, STATE_HOLE, STATE_ZERO, StatusQuery};
+use smallvec::SmallVec;
 
-use crate::device::{Allocation, DeviceError, Dirty, Fence, Now};
+use crate::device::{Allocation, Device, DeviceError, Dirty, Fence, Now};
 use crate::units::{ByteLen, ByteOffset, ByteRange};
 
 use super::export::{CONTEXT_ALLOCATION, CONTEXT_CACHED, CONTEXT_DIRTY, Export};
@@ -78,6 +79,32 @@ pub fn try_now(export: &Export, fence: &Fence, request: &Request, payload: &[u8]
         Ok(Now::Done) if request.fua() => Err(Rest::Flush),
         Ok(Now::Done) => Ok(Outcome::Done),
         Err(error) => Ok(failed(export, request, &error)),
+    }
+}
+
+/// Whether `request`, a valid one, is a write that may be done together with others: a small one, of whole pages, that is done once its bytes are there.
+#[inline]
+pub fn may_go_together(request: &Request) -> bool {
+    request.command == Command::Write
+        && request.flags.without(CommandFlags::PAYLOAD_LEN).is_empty()
+        && range(request).is_some_and(Device::may_go_together)
+}
+
+/// Does writes that may go together: each is told whether it is done. Those that are not lost nothing: they are to be tried each by itself.
+pub fn write_together(
+    export: &Export,
+    fence: &Fence,
+    writes: &[(ByteOffset, &[u8])],
+) -> SmallVec<[bool; 64]> {
+    match export.device().write_together_now(fence, writes) {
+        Ok(each) => each,
+        Err(error) => {
+            // Which of them it was is found out one by one; a fault that is gone by then is worth knowing of too.
+            if !error.is_full() && !matches!(error, DeviceError::Fenced) {
+                tracing::warn!(export = export.name(), writes = writes.len(), %error, "writes that came together failed; each is tried by itself");
+            }
+            SmallVec::from_elem(false, writes.len())
+        }
     }
 }
 

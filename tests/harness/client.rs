@@ -108,16 +108,52 @@ impl Client {
         flags: CommandFlags,
         data: &[u8],
     ) -> io::Result<u64> {
+        let mut out = Vec::with_capacity(32 + data.len());
+        let cookie = self.put(&mut out, command, offset, length, flags, data)?;
+        self.socket.write_all(&out)?;
+        Ok(cookie)
+    }
+
+    fn put(
+        &mut self,
+        out: &mut Vec<u8>,
+        command: Command,
+        offset: u64,
+        length: u64,
+        flags: CommandFlags,
+        data: &[u8],
+    ) -> io::Result<u64> {
         let cookie = self.next_cookie;
         self.next_cookie += 1;
-        let mut out = Vec::with_capacity(32 + data.len());
         let call = Call { cookie, command, offset, length, flags };
-        self.wire.send(&mut out, call).map_err(io::Error::other)?;
+        self.wire.send(out, call).map_err(io::Error::other)?;
         out.extend_from_slice(data);
         let read = if command == Command::Read { length as usize } else { 0 };
         self.partial.insert(cookie, (offset, Answer::new(cookie, read)));
-        self.socket.write_all(&out)?;
         Ok(cookie)
+    }
+
+    /// Sends writes all at once; their cookies.
+    pub fn submit_writes(&mut self, writes: &[(u64, &[u8])], flags: CommandFlags) -> io::Result<Vec<u64>> {
+        let mut out = Vec::new();
+        let mut put = |(at, data): &(u64, &[u8])| {
+            self.put(&mut out, Command::Write, *at, data.len() as u64, flags, data)
+        };
+        let cookies = writes.iter().map(&mut put).collect::<io::Result<_>>()?;
+        self.socket.write_all(&out)?;
+        Ok(cookies)
+    }
+
+    /// Sends writes all at once; what became of each.
+    #[track_caller]
+    pub fn write_together(&mut self, writes: &[(u64, &[u8])]) -> Vec<Result<(), Errno>> {
+        let cookies = self.submit_writes(writes, NONE).unwrap();
+        let mut answers: HashMap<u64, _> = HashMap::new();
+        for _ in writes {
+            let answer = self.answer().unwrap();
+            answers.insert(answer.cookie, answer.result);
+        }
+        cookies.iter().map(|cookie| answers[cookie]).collect()
     }
 
     /// Sends bytes as they are.
