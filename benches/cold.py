@@ -24,6 +24,8 @@ from rig import parts, starts
 
 CHUNK = 128 << 10
 DEPTH = 32
+# Random reads are measured on a line this many times as long too: there it is the line that they wait for, and not this machine's processors.
+LONGER = 5
 
 
 class Rig:
@@ -133,7 +135,7 @@ def measure_throughput(args, rig):
                 file.write(page(rng))
         harness.run(harness.CLI, "image-from-file", kind, raw, rig.near(f"repo-{kind}"), timeout=parts.LONG_S)
         stored = rig.weed.stored(f"repo-{kind}/images/{kind}/blocks/") / (size // CHUNK)
-        figures[kind] = {"stored": stored, "upload": [], "sequential": [], "random": [], "near": [], "curl": []}
+        figures[kind] = {"stored": stored, "upload": [], "sequential": [], "random": [], "near": [], "curl": [], "random, long": [], "curl, long": []}
     for number in range(args.rounds):
         for kind in PAGES:
             figures[kind]["upload"].append(upload(rig, kind, number))
@@ -141,8 +143,11 @@ def measure_throughput(args, rig):
             figures[kind]["random"].append(random_reads(rig, kind, size))
             figures[kind]["near"].append(random_reads(rig, kind, size, rig.near))
             figures[kind]["curl"].append(ranges_by_curl(rig, kind, size, int(figures[kind]["stored"])))
+            with rig.line.longer(LONGER * args.rtt_ms, args.rtt_ms):
+                figures[kind]["random, long"].append(random_reads(rig, kind, size))
+                figures[kind]["curl, long"].append(ranges_by_curl(rig, kind, size, int(figures[kind]["stored"])))
             harness.progress(f"round {number + 1}: {kind}: " + ", ".join(
-                f"{what} {figures[kind][what][-1][0]:.2f} s" for what in ("upload", "sequential", "random", "near", "curl")))
+                f"{what} {of[-1][0]:.2f} s" for what, of in figures[kind].items() if what != "stored"))
     return figures
 
 
@@ -283,7 +288,6 @@ def report_starts(args, ways, figures, image):
 
 def report_throughput(args, figures):
     rate = args.mbytes_per_s * 1e6
-    by_latency = DEPTH / (args.rtt_ms / 1e3)
     rows = []
     for kind, of in figures.items():
         for what, label in (("upload", "image-from-file"), ("sequential", "nbdcopy, cold")):
@@ -292,26 +296,31 @@ def report_throughput(args, figures):
             share = [100 * m / s / rate for m, s in zip(moved, seconds)]
             rows.append([f"{label}, {kind}", harness.spread(speeds, "{:.1f}") + " MB/s", f"{args.mbytes_per_s:g} MB/s of line",
                          harness.spread(share, "{:.0f}"), harness.spread(requests, "{:.0f}"), harness.spread(peak, "{:.0f}")])
-        seconds, reads, requests, peak = zip(*of["random"])
-        bound = min(by_latency, rate / of["stored"])
-        speeds = [n / s for n, s in zip(reads, seconds)]
-        rows.append([f"randread 4k QD{DEPTH}, cold, {kind}", harness.spread(speeds, "{:.0f}") + " IOPS",
-                     f"{bound:.0f} IOPS: min({by_latency:.0f}, {rate / of['stored']:.0f})",
-                     harness.spread([100 * s / bound for s in speeds], "{:.0f}"),
-                     harness.spread([r / (n + DEPTH - 1) for r, n in zip(requests, reads)], "{:.2f}") + " a read",
-                     harness.spread(peak, "{:.0f}")])
+        for what, rtt_ms in (("random", args.rtt_ms), ("random, long", LONGER * args.rtt_ms)):
+            seconds, reads, requests, peak = zip(*of[what])
+            by_latency = DEPTH / (rtt_ms / 1e3)
+            bound = min(by_latency, rate / of["stored"])
+            speeds = [n / s for n, s in zip(reads, seconds)]
+            rows.append([f"randread 4k QD{DEPTH}, cold, {rtt_ms:g} ms, {kind}", harness.spread(speeds, "{:.0f}") + " IOPS",
+                         f"{bound:.0f} IOPS: min({by_latency:.0f}, {rate / of['stored']:.0f})",
+                         harness.spread([100 * s / bound for s in speeds], "{:.0f}"),
+                         harness.spread([r / (n + DEPTH - 1) for r, n in zip(requests, reads)], "{:.2f}") + " a read",
+                         harness.spread(peak, "{:.0f}")])
     stored = "; ".join(f"{kind} {of['stored'] / 1024:.1f} KiB" for kind, of in figures.items())
     print(f"\n{args.noise_mib} MiB of data that does not compress (noise) and of data that does (text). Stored for each chunk of 128 KiB: {stored}.")
     print(f"MB/s are of the disk; % of the line is what went through it by time. Random reads: {args.noise_mib * 4}, each in a chunk of its own, so")
     print(f"each must fetch; the bound is min({DEPTH} / round trip, line / stored bytes of a chunk).")
-    by_curl = {kind: harness.spread([n / s for s, n in of["curl"]], "{:.0f}") for kind, of in figures.items()}
-    shares = {kind: harness.spread([100 * (ours[1] / ours[0]) / (n / s) for ours, (s, n) in zip(of["random"], of["curl"])], "{:.0f}")
-              for kind, of in figures.items()}
     near = {kind: harness.spread([n / s for s, n, *_ in of["near"]], "{:.0f}") for kind, of in figures.items()}
     print("It leaves out what this machine does for each, server and object store on the same cores: without the line the same reads reach "
           + "; ".join(f"{kind} {iops} IOPS" for kind, iops in near.items()) + ".")
-    print(f"Through the line curl, which checks and signs nothing, fetches as many ranges of that length, {DEPTH} at a time, at "
-          + "; ".join(f"{kind} {iops} a second, of which the random reads reach {shares[kind]}%" for kind, iops in by_curl.items()) + ".\n")
+    for suffix, rtt_ms in (("", args.rtt_ms), (", long", LONGER * args.rtt_ms)):
+        told = []
+        for kind, of in figures.items():
+            ours, theirs = ([n / s for s, n, *_ in of[what + suffix]] for what in ("random", "curl"))
+            shares = harness.spread([100 * our / their for our, their in zip(ours, theirs)], "{:.0f}")
+            told.append(f"{kind} {harness.spread(theirs, '{:.0f}')} a second, of which the random reads reach {shares}%")
+        print(f"At {rtt_ms:g} ms curl, which checks and signs nothing, fetches as many ranges of that length, {DEPTH} at a time, at " + "; ".join(told) + ".")
+    print()
     harness.table(["what", "speed", "bound", "% of it", "requests", "peak RSS, MiB"], rows)
 
 

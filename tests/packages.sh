@@ -1,14 +1,14 @@
 #!/bin/bash
 # Sees to it that every command in tests/packages.txt is here: installs the missing packages when root, else
-# names them and fails. `--soak` asks for those of tests/packages-soak.txt too; `--list` prints what is missing and changes nothing.
+# names them and fails. `--soak` asks for those of tests/packages-soak.txt too, `--bench` for those of tests/packages-bench.txt; `--list` prints what is missing and changes nothing.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 lists=("$here/packages.txt") list=
 for option; do
     case $option in
-    --soak) lists+=("$here/packages-soak.txt") ;;
+    --soak | --bench) lists+=("$here/packages-${option#--}.txt") ;;
     --list) list=1 ;;
-    *) echo "usage: $0 [--soak] [--list]" >&2; exit 2 ;;
+    *) echo "usage: $0 [--soak] [--bench] [--list]" >&2; exit 2 ;;
     esac
 done
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin

@@ -3,6 +3,7 @@
 Each is a context manager around processes of its own, which it ends by their ids; every wait has an end.
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -33,6 +34,7 @@ NEEDS = {
     "nbdfuse": "libnbd-bin", "nbdcopy": "libnbd-bin", "nbdkit": "nbdkit", "fio": "fio", "qemu-nbd": "qemu-utils",
     "qemu-img": "qemu-utils", "losetup": "mount", "mount": "mount", "setpriv": "util-linux",
     "psql": "postgresql-client", "pgbench": "postgresql", "curl": "curl", "zstd": "zstd", "/usr/bin/time": "time",
+    "s3backer": "s3backer",
 }
 
 
@@ -139,7 +141,9 @@ class Weed(Process):
             [WEED, "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", "-volume.max=200",
              "-master.volumeSizeLimitMB=1024", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
              f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={self.port}",
-             f"-s3.config={config}"],
+             f"-s3.config={config}",
+             # Else every range is cut out of 4 MiB read from its disk, and what is measured is its processor time: it shares this machine.
+             "-filer.maxMB=1", "-s3.cacheCapacityMB=512"],
             os.path.join(work, "weed.log"), cwd=work)
         try:
             wait_until("SeaweedFS takes an object", self.takes, pause=0.2)
@@ -216,6 +220,15 @@ class Line(Process):
 
     def reset(self):
         self.say("reset")
+
+    @contextlib.contextmanager
+    def longer(self, rtt_ms, usual_ms):
+        """Another round trip for a while."""
+        self.say(f"rtt {rtt_ms}")
+        try:
+            yield
+        finally:
+            self.say(f"rtt {usual_ms}")
 
 
 class Mount:

@@ -167,10 +167,7 @@ class Starts:
     def prepare_s3backer(self):
         """Fills it over the short way; why it can't be used, if so."""
         import contextlib
-        import shutil
 
-        if not shutil.which("s3backer"):
-            return "not installed: apt-get install s3backer"
         try:
             with contextlib.ExitStack() as stack:
                 disk = self.s3backer_mount(stack, f"127.0.0.1:{self.rig.weed.port}", "--blockCacheThreads=8")
