@@ -113,6 +113,9 @@ impl Device {
         let held = writes.iter().zip(&each).filter(|(_, is_held)| **is_held);
         let pages: SmallVec<[PageWrite<'_>; TOGETHER]> =
             held.map(|((at, bytes), _)| PageWrite { first: at.page(), bytes }).collect();
+        if pages.is_empty() {
+            return Ok(each);
+        }
         let _passage = fence.enter().ok_or(DeviceError::Fenced)?;
         self.delta.as_ref().ok_or(DeviceError::ReadOnly)?.write_together(&pages)?;
         Ok(each)

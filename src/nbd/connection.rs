@@ -188,14 +188,15 @@ impl Connection {
         let mut end = None;
         let mut finished = Vec::new();
         loop {
-            if end.is_none()
-                && let Err(error) = self.process()
-            {
-                // What was answered before is still sent, if the client takes it at once.
-                let _ = self.send();
-                return Err(error.into());
-            }
-            let held_up = !self.has_room();
+            let processed = if end.is_none() { self.process() } else { Ok(false) };
+            let held_up = match processed {
+                Ok(held_up) => held_up || !self.has_room(),
+                Err(error) => {
+                    // What was answered before is still sent, if the client takes it at once.
+                    let _ = self.send();
+                    return Err(error.into());
+                }
+            };
             self.finished.take(&mut finished);
             for Finished { request, outcome, received, _share } in finished.drain(..) {
                 self.in_flight -= 1;
@@ -365,30 +366,30 @@ impl Connection {
         Ok(())
     }
 
-    /// Does what the bytes received so far ask for.
-    fn process(&mut self) -> Result<(), StreamError> {
+    /// Does what the bytes received so far ask for; `true` where it stopped before their end for want of room. There may be room again by now.
+    fn process(&mut self) -> Result<bool, StreamError> {
         let taken_on = self.take_on_all();
         self.begin_gathered();
         taken_on
     }
 
-    fn take_on_all(&mut self) -> Result<(), StreamError> {
+    fn take_on_all(&mut self) -> Result<bool, StreamError> {
         while self.has_room() {
             match self.receiving {
                 Receiving::Header => {
                     let request = match self.decoder.decode(self.input.bytes())? {
-                        Decoded::Need(_) => return Ok(()),
+                        Decoded::Need(_) => return Ok(false),
                         Decoded::Request(request) => request,
                     };
                     self.input.consume(self.decoder.header_len());
                     if request.command == Command::Disc {
-                        return Ok(());
+                        return Ok(false);
                     }
                     self.take_on(request);
                 }
                 Receiving::Payload { request, here } => {
                     if here < request.payload as usize {
-                        return Ok(());
+                        return Ok(false);
                     }
                     self.receiving = Receiving::Header;
                     self.decoder.payload_done();
@@ -406,7 +407,7 @@ impl Connection {
                     self.input.consume(here);
                     *left -= here;
                     if *left > 0 {
-                        return Ok(());
+                        return Ok(false);
                     }
                     self.receiving = Receiving::Header;
                     self.decoder.payload_done();
@@ -414,7 +415,7 @@ impl Connection {
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// A new request, its header consumed.

@@ -100,8 +100,11 @@ pub fn write_together(
         Ok(each) => each,
         Err(error) => {
             // Which of them it was is found out one by one; a fault that is gone by then is worth knowing of too.
-            if !error.is_full() && !matches!(error, DeviceError::Fenced) {
-                tracing::warn!(export = export.name(), writes = writes.len(), %error, "writes that came together failed; each is tried by itself");
+            if let (Some((at, _)), false) =
+                (writes.first(), error.is_full() || matches!(error, DeviceError::Fenced))
+            {
+                let length = writes.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+                export.log_failure(Command::Write, at.0, length, &error);
             }
             SmallVec::from_elem(false, writes.len())
         }
