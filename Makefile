@@ -92,7 +92,7 @@ install: manual
 
 deb: manual
 	@command -v cargo-deb >/dev/null || $(INSTALL) cargo-deb --version $(DEB_VERSION)
-	cargo deb --no-build $(if $(filter dev,$(PROFILE)),--fast,--no-strip) --profile $(PROFILE) -p horcrux
+	cargo deb --no-build $(if $(filter dev,$(PROFILE)),--fast,--strip) --profile $(PROFILE) -p horcrux
 
 plugin:
 	cargo build --profile $(PROFILE) --locked -p horcrux -p horcrux-dv --bins

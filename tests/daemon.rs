@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use harness::proxy::{Proxy, Reach};
 use harness::weed::{self, Weed};
-use harness::{Client, Image, PAGE, PATIENCE, Ran, Serve, cli, files_below, need, noise, run, until};
+use harness::{Client, Image, PAGE, PATIENCE, Serve, cli, files_below, need, noise, run, until, volume};
 use nbd_proto::Errno;
 use nbd_proto::client::Wish;
 use rand::Rng;
@@ -29,19 +29,8 @@ use serde_json::Value;
 
 const MIB: usize = 1 << 20;
 
-fn volume(state: &Path, args: &[&str]) -> Ran {
-    run(cli().arg("volume").args(args).arg("--state-dir").arg(state))
-}
-
 fn wish(name: &str) -> Wish {
     Wish { name: name.to_owned(), mode: nbd_proto::HeaderMode::Structured, ..Wish::default() }
-}
-
-fn create(image: &Image, name: &str, more: &[&str]) -> Ran {
-    let repo = image.repo();
-    let mut args = vec!["create", name, "--access", repo.to_str().unwrap(), "--name", "disk"];
-    args.extend(more);
-    volume(&image.state(), &args)
 }
 
 /// Another image beside `disk`.
@@ -88,8 +77,8 @@ fn a_volume_is_made_served_when_asked_for_and_taken_away() {
     let server = Serve::daemon(&state).start();
     assert!(server.said[0].starts_with("serving 0 volumes of "), "{:?}", server.said);
     assert_eq!(volume(&state, &["ls"]).ok(), "VOLUME  IMAGE  COMMIT  SIZE  CHANGED  CLIENTS\n");
-    assert_eq!(create(&image, "one", &[]).ok(), "one\n");
-    assert_eq!(create(&image, "two", &["--size", "1G", "--read-only"]).ok(), "two\n");
+    assert_eq!(image.volume("one", &[]).ok(), "one\n");
+    assert_eq!(image.volume("two", &["--size", "1G", "--read-only"]).ok(), "two\n");
     assert_eq!(names(&state), ["one", "two"]);
     assert_eq!(inspected(&state, "one")["open"], Value::Null, "nobody has asked for it");
     assert_eq!(inspected(&state, "two")["size"], 1 << 30);
@@ -120,7 +109,7 @@ fn a_volume_is_made_served_when_asked_for_and_taken_away() {
     assert!(told.starts_with("error: there is no volume one; there is none yet\n"), "{told}");
 
     // A new one of the name has nothing of the old one.
-    create(&image, "one", &[]).ok();
+    image.volume("one", &[]).ok();
     assert_eq!(Client::open(&server, "one").read(0, PAGE).unwrap(), image.raw[..PAGE]);
     server.stop();
 }
@@ -130,16 +119,16 @@ fn asking_again_for_a_volume_changes_nothing_and_other_wishes_are_refused() {
     let image = Image::sparse();
     let state = image.state();
     let server = Serve::daemon(&state).start();
-    create(&image, "v", &["--quota", "64M"]).ok();
+    image.volume("v", &["--quota", "64M"]).ok();
     let mut client = Client::open(&server, "v");
     client.write(0, &[7; PAGE]).unwrap();
     let before = inspected(&state, "v");
     // A new version, and then no repository at all: the volume stays on what it was made of.
     std::fs::write(image.raw_file(), noise(9, 16 * MIB)).unwrap();
     image.store("disk", &image.raw_file());
-    assert_eq!(create(&image, "v", &["--quota", "64M"]).ok(), "v\n");
+    assert_eq!(image.volume("v", &["--quota", "64M"]).ok(), "v\n");
     std::fs::rename(image.repo(), image.dir().join("away")).unwrap();
-    assert_eq!(create(&image, "v", &["--quota", "64M"]).ok(), "v\n");
+    assert_eq!(image.volume("v", &["--quota", "64M"]).ok(), "v\n");
     assert_eq!(inspected(&state, "v"), before);
     assert_eq!(client.read(0, PAGE).unwrap(), [7; PAGE]);
     std::fs::rename(image.dir().join("away"), image.repo()).unwrap();
@@ -153,7 +142,7 @@ fn asking_again_for_a_volume_changes_nothing_and_other_wishes_are_refused() {
         (vec!["--quota", "64M", "--prefetch", "all"], "prefetch learned, not all".to_owned()),
         (vec!["--quota", "64M", "--access", "/else"], format!("access {repo}, not {repo}, /else")),
     ] {
-        let told = create(&image, "v", &wishes).refused();
+        let told = image.volume("v", &wishes).refused();
         assert_eq!(
             told,
             format!(
@@ -171,11 +160,11 @@ fn volumes_are_there_after_a_restart_with_the_repository_away() {
     let image = Image::sparse();
     let state = image.state();
     let server = Serve::daemon(&state).start();
-    create(&image, "kept", &[]).ok();
+    image.volume("kept", &[]).ok();
     // Of another version: not even its map is here.
     std::fs::write(image.raw_file(), noise(9, 16 * MIB)).unwrap();
     image.store("disk", &image.raw_file());
-    create(&image, "never-opened", &[]).ok();
+    image.volume("never-opened", &[]).ok();
     let mut client = Client::open(&server, "kept");
     client.read(0, 4 * MIB).unwrap();
     client.write(MIB as u64, &[8; PAGE]).unwrap();
@@ -198,107 +187,6 @@ fn volumes_are_there_after_a_restart_with_the_repository_away() {
     std::fs::rename(image.dir().join("away"), image.repo()).unwrap();
     assert_eq!(unread.read(0, PAGE).unwrap(), noise(9, 16 * MIB)[..PAGE]);
     unread.disconnect();
-    client.disconnect();
-    server.stop();
-}
-
-#[test]
-fn of_writes_that_come_together_each_gets_its_own_answer() {
-    let image = Image::sparse();
-    let state = image.state();
-    let server = Serve::daemon(&state).start();
-    create(&image, "v", &["--quota", "64K"]).ok();
-    let mut client = Client::open(&server, "v");
-    let size = image.raw.len() as u64;
-    let at = |page: usize| (page * PAGE) as u64;
-    let pages: Vec<[u8; PAGE]> = (0..40).map(|page| [page + 1; PAGE]).collect();
-
-    // More than there is space for: those that came first have it.
-    let writes: Vec<(u64, &[u8])> = (0..20).map(|page| (at(page * 3), &pages[page][..])).collect();
-    let results = client.write_together(&writes);
-    assert_eq!(results[..16], [Ok(()); 16]);
-    assert_eq!(results[16..], [Err(Errno::NoSpc); 4]);
-    for (page, written) in pages[..20].iter().enumerate() {
-        let there = at(page * 3) as usize;
-        let expected = if page < 16 { &written[..] } else { &image.raw[there..there + PAGE] };
-        assert!(client.read(at(page * 3), PAGE).unwrap() == expected, "page {page}");
-    }
-
-    // To what has space there is always room: the last to a page is what stays. One that is refused, and one to a part of a page, change nothing for the others.
-    let part = [99; 512];
-    let results = client.write_together(&[
-        (at(0), &pages[30]),
-        (at(3), &pages[31]),
-        (at(0), &pages[32]),
-        (size - 512, &pages[33]),
-        (at(6) + 512, &part),
-        (at(9), &pages[34]),
-        (at(9), &pages[35]),
-        (at(6), &part),
-    ]);
-    assert_eq!(results, [Ok(()), Ok(()), Ok(()), Err(Errno::NoSpc), Ok(()), Ok(()), Ok(()), Ok(())]);
-    assert!(client.read(at(0), PAGE).unwrap() == pages[32]);
-    assert!(client.read(at(3), PAGE).unwrap() == pages[31]);
-    assert!(client.read(at(6), PAGE).unwrap() == [[99; 1024].as_slice(), &pages[2][1024..]].concat());
-    assert!(client.read(at(9), PAGE).unwrap() == pages[35]);
-    client.flush().unwrap();
-
-    // What a commit has is replaced in other places, which takes nothing more: not of one write, and not of many.
-    let results =
-        client.write_together(&(0..16).map(|page| (at(page * 3), &pages[20][..])).collect::<Vec<_>>());
-    assert_eq!(results, [Ok(()); 16]);
-    client.flush().unwrap();
-    client.disconnect();
-    server.stop();
-}
-
-#[test]
-fn a_write_over_pages_of_which_some_are_the_volume_s_already_needs_quota_for_the_others_alone() {
-    let image = Image::sparse();
-    let state = image.state();
-    let server = Serve::daemon(&state).start();
-    create(&image, "v", &["--quota", "64K"]).ok();
-    let mut client = Client::open(&server, "v");
-    client.write(0, &[1; 8 * PAGE]).unwrap();
-    client.flush().unwrap();
-    client.write(0, &[2; 16 * PAGE]).unwrap();
-    assert_eq!(client.write(16 * PAGE as u64, &[2; PAGE]), Err(Errno::NoSpc));
-    assert!(client.read(0, 16 * PAGE).unwrap() == [2; 16 * PAGE]);
-    client.disconnect();
-    server.stop();
-}
-
-#[test]
-fn a_volume_at_its_quota_has_no_space_for_more_and_takes_what_it_has_again() {
-    let image = Image::sparse();
-    let state = image.state();
-    let server = Serve::daemon(&state).start();
-    create(&image, "v", &["--quota", "1M"]).ok();
-    let mut client = Client::open(&server, "v");
-    client.write(0, &[1; MIB]).unwrap();
-    assert_eq!(client.write(2 * MIB as u64, &[2; PAGE]), Err(Errno::NoSpc));
-    for round in 2..6 {
-        client.write(0, &[round; MIB]).unwrap();
-        client.flush().unwrap();
-    }
-    assert_eq!(client.write(2 * MIB as u64, &[2; PAGE]), Err(Errno::NoSpc));
-    assert_eq!(client.read(2 * MIB as u64, PAGE).unwrap(), image.raw[2 * MIB..2 * MIB + PAGE]);
-    // Zeros take nothing, and make room.
-    client
-        .call(nbd_proto::Command::Trim, 0, MIB as u64 / 2, nbd_proto::CommandFlags::NONE, &[])
-        .unwrap()
-        .result
-        .unwrap();
-    client.write(2 * MIB as u64, &[2; PAGE]).unwrap();
-    assert_eq!(client.read(MIB as u64 / 2, PAGE).unwrap(), [5; PAGE]);
-    server.logs("the volume's quota of 1.0 MiB is used up");
-    client.disconnect();
-    server.stop();
-    // It holds after a restart too.
-    let server = Serve::daemon(&state).start();
-    let mut client = Client::open(&server, "v");
-    client.write(4 * MIB as u64, &[3; MIB / 2 - PAGE]).unwrap();
-    assert_eq!(client.write(8 * MIB as u64, &[3; PAGE]), Err(Errno::NoSpc));
     client.disconnect();
     server.stop();
 }
@@ -393,7 +281,7 @@ fn a_daemon_that_is_down_is_named_and_a_second_one_is_refused() {
     assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
     let told = Serve::daemon(&state).refused();
     assert!(told.contains(&format!("is in use by process {}", server.pid())), "{told}");
-    create(&image, "v", &[]).ok();
+    image.volume("v", &[]).ok();
     // A socket that a dead daemon left is in nobody's way.
     server.kill();
     assert!(volume(&state, &["ls"]).refused().contains("Connection refused"));
@@ -518,7 +406,7 @@ fn clients_that_stall_hold_up_nobody_and_a_stop_does_not_wait_for_them() {
     let mut answer = Vec::new();
     let _ = garbage.read_to_end(&mut answer);
     assert!(answer.starts_with(b"HTTP/1.1 400"), "{}", String::from_utf8_lossy(&answer));
-    create(&image, "v", &[]).ok();
+    image.volume("v", &[]).ok();
     assert_eq!(names(&state), ["v"]);
     let began = Instant::now();
     server.stop();
@@ -564,7 +452,7 @@ fn many_who_ask_for_one_volume_at_once_get_one() {
     let server = Serve::daemon(&state).start();
     std::thread::scope(|scope| {
         for _ in 0..16 {
-            scope.spawn(|| assert_eq!(create(&image, "v", &[]).ok(), "v\n"));
+            scope.spawn(|| assert_eq!(image.volume("v", &[]).ok(), "v\n"));
         }
     });
     assert_eq!(server.lines("made volume=v").len(), 1, "{}", server.log());
@@ -573,13 +461,13 @@ fn many_who_ask_for_one_volume_at_once_get_one() {
         for turn in 0..24 {
             let (image, state, server) = (&image, &state, &server);
             scope.spawn(move || match turn % 3 {
-                0 => drop(create(image, "v", &[])),
+                0 => drop(image.volume("v", &[])),
                 1 => drop(volume(state, &["rm", "v"])),
                 _ => drop(Client::connect(server, wish("v"))),
             });
         }
     });
-    create(&image, "v", &[]).ok();
+    image.volume("v", &[]).ok();
     assert_eq!(names(&state), ["v"]);
     assert_eq!(on_disk(&state), ["v"]);
     assert_eq!(Client::open(&server, "v").read(0, PAGE).unwrap(), image.raw[..PAGE]);
@@ -599,9 +487,9 @@ fn a_daemon_killed_while_volumes_come_and_go_leaves_whole_ones_only() {
                 let (image, state) = (&image, &state);
                 scope.spawn(move || {
                     let name = format!("v{number}");
-                    create(image, &name, &[]);
+                    image.volume(&name, &[]);
                     volume(state, &["rm", &name]);
-                    create(image, &name, &[]);
+                    image.volume(&name, &[]);
                 });
             }
             std::thread::sleep(delay);
@@ -619,7 +507,7 @@ fn a_daemon_killed_while_volumes_come_and_go_leaves_whole_ones_only() {
         // What a removal left is gone, what a making left is made into a volume.
         assert!(on_disk(&state).iter().all(|name| !name.starts_with('.')), "{:?}", on_disk(&state));
         for number in 0..4 {
-            create(&image, &format!("v{number}"), &[]).ok();
+            image.volume(&format!("v{number}"), &[]).ok();
         }
         for name in names(&state) {
             // The clients above are gone; the server may still be about to see it.
@@ -636,7 +524,7 @@ fn a_hundred_volumes_are_one_small_process() {
     let server = Serve::daemon(&state).start();
     let all: Vec<String> = (0..100).map(|number| format!("v{number}")).collect();
     for name in &all {
-        create(&image, name, &[]).ok();
+        image.volume(name, &[]).ok();
     }
     let mut clients: Vec<Client> = all.iter().map(|name| Client::open(&server, name)).collect();
     for (number, client) in clients.iter_mut().enumerate() {
@@ -678,7 +566,7 @@ fn the_last_volume_of_an_image_takes_what_nobody_else_needs_out_of_the_cache() {
     let server = Serve::daemon(&state).start();
     let repo = image.repo().display().to_string();
     for name in ["a1", "a2"] {
-        create(&image, name, &["--prefetch", "all"]).ok();
+        image.volume(name, &["--prefetch", "all"]).ok();
     }
     volume(&state, &["create", "b", "--access", &repo, "--name", "other", "--prefetch", "all"]).ok();
     for name in ["a1", "b"] {
@@ -712,7 +600,7 @@ fn a_pinned_volume_that_is_removed_lets_its_chunks_go_and_one_that_stays_keeps_a
     let state = image.state();
     let repo = image.repo().display().to_string();
     let server = Serve::daemon(&state).start();
-    create(&image, "a", &[]).ok();
+    image.volume("a", &[]).ok();
     for (name, of) in [("b", "other"), ("c", "third")] {
         volume(&state, &["create", name, "--access", &repo, "--name", of, "--prefetch", "all"]).ok();
     }
@@ -748,7 +636,7 @@ fn a_pinned_volume_that_nobody_asked_for_since_the_start_keeps_its_chunks() {
     let repo = image.repo().display().to_string();
     let daemon = || Serve::daemon(&state).arg("--cache-size").arg("20M").start();
     let server = daemon();
-    create(&image, "small", &[]).ok();
+    image.volume("small", &[]).ok();
     volume(&state, &["create", "big", "--access", &repo, "--name", "big"]).ok();
     server.stop();
     run(cli().args(["pin", "--cache-size", "20M", "small", "--state-dir"]).arg(&state)).ok();

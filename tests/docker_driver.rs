@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use harness::proxy::{Proxy, Reach};
 use harness::weed::{self, Weed};
-use harness::{Image, PATIENCE, Ran, Serve, Server, Tmpfs, cli, need, need_root, run, until, wait};
+use harness::{Image, PATIENCE, Serve, Server, Tmpfs, need, need_root, run, until, volume, wait};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -119,10 +119,6 @@ fn one_volume() -> (Image, PathBuf, Server, Driver) {
     let driver = Driver::start(&state);
     driver.create("v1", &disk(&image));
     (image, state, server, driver)
-}
-
-fn volume(state: &Path, args: &[&str]) -> Ran {
-    run(cli().arg("volume").args(args).arg("--state-dir").arg(state))
 }
 
 #[test]

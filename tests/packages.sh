@@ -46,4 +46,4 @@ if [ -n "$packages" ]; then
     packages=$(missing)
     [ -z "$packages" ] || { echo "still missing after installing: ${packages//$'\n'/ }" >&2; exit 1; }
 fi
-echo "packages: all there"
+echo "packages: all there" >&2

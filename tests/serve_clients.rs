@@ -541,10 +541,13 @@ fn any_number_of_writes_in_one_burst_is_answered_and_done_before_a_disconnect_be
     let image = Image::sparse();
     let server = Serve::disk(&image).start();
     for (len, fua) in [(512, 0), (PAGE, 0), (PAGE, 200), (512, 200)] {
-        let content = |salt: u8| -> Vec<u8> { (0..600 * len).map(|n| (n / len * 7) as u8 ^ salt).collect() };
+        // Each write has its own number, all over.
+        let content = |salt: usize| -> Vec<u8> {
+            (0..600).flat_map(|n| (salt * 600 + n).to_ne_bytes()[..4].repeat(len / 4)).collect()
+        };
         let places = (MIB as u64..).step_by(len);
         let mut client = Client::open(&server, "disk");
-        let data = content(fua as u8);
+        let data = content(fua);
         let writes: Vec<(u64, &[u8])> = places.clone().zip(data.chunks(len)).collect();
         // Those with FUA wait for a commit while the others come.
         client.submit_writes(&writes[..fua], CommandFlags::FUA).unwrap();

@@ -30,6 +30,9 @@ pub use read::Piece;
 pub use status::{Allocation, Dirty, Extent};
 use stripes::Stripes;
 
+/// So many writes that came together need no memory of their own.
+pub const TOGETHER: usize = 64;
+
 /// Whether a request could be done without waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Now {

@@ -9,6 +9,8 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use crate::units::{ByteOffset, ByteRange, PAGE_SIZE};
 
+use super::TOGETHER;
+
 const STRIPES: u64 = 1024;
 const STRIPE_BYTES: u64 = 64 * PAGE_SIZE;
 
@@ -58,9 +60,9 @@ impl Stripes {
     pub fn try_hold_each(
         &self,
         places: impl Iterator<Item = ByteOffset>,
-    ) -> (Held<'_>, SmallVec<[bool; 64]>) {
+    ) -> (Held<'_>, SmallVec<[bool; TOGETHER]>) {
         let mut held = Held::new();
-        let mut seen: SmallVec<[(u64, bool); 64]> = SmallVec::new();
+        let mut seen: SmallVec<[(u64, bool); TOGETHER]> = SmallVec::new();
         let each = places.map(|at| {
             let number = at.0 / STRIPE_BYTES % STRIPES;
             if let Some((_, is_held)) = seen.iter().find(|(tried, _)| *tried == number) {

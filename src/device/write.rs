@@ -12,14 +12,11 @@ use crate::delta::{Delta, PageWrite};
 use crate::units::{ByteLen, ByteOffset, ByteRange, PAGE_SIZE, PageIndex};
 
 use super::stripes::Stripes;
-use super::{Device, DeviceError, Fence, Now, Piece};
+use super::{Device, DeviceError, Fence, Now, Piece, TOGETHER};
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Zeroes that must take space are written in pieces of this size.
 const ZERO_PIECE: u64 = 1 << 20;
-
-/// So many writes that came together need no memory of their own.
-const TOGETHER: usize = 64;
 
 /// What to put into a range.
 #[derive(Clone, Debug)]
@@ -104,20 +101,20 @@ impl Device {
         fence: &Fence,
         writes: &[(ByteOffset, &[u8])],
     ) -> Result<SmallVec<[bool; TOGETHER]>, DeviceError> {
+        let mut delta = None;
         for (at, bytes) in writes {
             let range = byte_range(*at, bytes.len() as u64, self.size)?;
             debug_assert!(Device::may_go_together(range));
-            self.writable(range)?;
+            delta = Some(self.writable(range)?);
         }
         let (_held, each) = self.stripes.try_hold_each(writes.iter().map(|(at, _)| *at));
         let held = writes.iter().zip(&each).filter(|(_, is_held)| **is_held);
         let pages: SmallVec<[PageWrite<'_>; TOGETHER]> =
             held.map(|((at, bytes), _)| PageWrite { first: at.page(), bytes }).collect();
-        if pages.is_empty() {
-            return Ok(each);
+        if let Some(delta) = delta.filter(|_| !pages.is_empty()) {
+            let _passage = fence.enter().ok_or(DeviceError::Fenced)?;
+            delta.write_together(&pages)?;
         }
-        let _passage = fence.enter().ok_or(DeviceError::Fenced)?;
-        self.delta.as_ref().ok_or(DeviceError::ReadOnly)?.write_together(&pages)?;
         Ok(each)
     }
 

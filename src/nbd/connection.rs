@@ -4,7 +4,8 @@
 //! [`MAX_OUTPUT`], and a [`Budget`] all clients share); when a bound is reached no more is read from it until something has left.
 //!
 //! While nothing is in flight the thread waits in the receive call itself: a warm request costs one receive and one send and no other system call. Payloads of
-//! writes are used where they were received if they are there whole (and then all of them together), else received straight into a buffer of their own.
+//! writes are used where they were received if they are there whole, else received straight into a buffer of their own; small writes of whole pages that were
+//! received together are done together.
 
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -22,7 +23,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use smallvec::SmallVec;
 use tokio::runtime::Handle;
 
-use crate::device::Fence;
+use crate::device::{Fence, TOGETHER};
 use crate::units::ByteOffset;
 
 use super::budget::{Budget, Share};
@@ -40,7 +41,7 @@ use super::request::{self, ContextKind, Rest};
 const MAX_IN_FLIGHT: usize = 256;
 /// Bytes those requests are about; one more request may go past it, or the small ones that were received at once.
 const MAX_IN_FLIGHT_BYTES: u64 = 64 << 20;
-/// Bytes of replies the client has not taken; one more reply may go past it.
+/// Bytes of replies the client has not taken; one more reply may go past it, or those to the small writes that were received at once.
 const MAX_OUTPUT: u64 = 8 << 20;
 /// The socket takes this much before a send has to wait, if the system lets it: some whole replies to large reads.
 const SEND_BUFFER: usize = 4 << 20;
@@ -467,7 +468,7 @@ impl Connection {
             return;
         }
         let (input, mut gathered) = (std::mem::take(&mut self.input), std::mem::take(&mut self.gathered));
-        let writes: SmallVec<[(ByteOffset, &[u8]); 64]> = gathered
+        let writes: SmallVec<[(ByteOffset, &[u8]); TOGETHER]> = gathered
             .iter()
             .map(|(request, payload)| (ByteOffset(request.offset), input.taken(payload.clone())))
             .collect();
@@ -576,3 +577,6 @@ fn is_gone(error: &io::Error) -> bool {
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted
     )
 }
+
+#[cfg(test)]
+mod tests;

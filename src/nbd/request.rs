@@ -9,7 +9,7 @@ use bytes::Bytes;
 use nbd_proto::{Command, CommandFlags, Errno, Extent, Request, STATE_HOLE, STATE_ZERO, StatusQuery};
 use smallvec::SmallVec;
 
-use crate::device::{Allocation, Device, DeviceError, Dirty, Fence, Now};
+use crate::device::{Allocation, Device, DeviceError, Dirty, Fence, Now, TOGETHER};
 use crate::units::{ByteLen, ByteOffset, ByteRange};
 
 use super::export::{CONTEXT_ALLOCATION, CONTEXT_CACHED, CONTEXT_DIRTY, Export};
@@ -95,7 +95,7 @@ pub fn write_together(
     export: &Export,
     fence: &Fence,
     writes: &[(ByteOffset, &[u8])],
-) -> SmallVec<[bool; 64]> {
+) -> SmallVec<[bool; TOGETHER]> {
     match export.device().write_together_now(fence, writes) {
         Ok(each) => each,
         Err(error) => {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 
-use super::{cli, run};
+use super::{Ran, cli, run};
 
 /// Bytes of a page of the delta.
 pub const PAGE: usize = 4096;
@@ -81,6 +81,13 @@ impl Image {
 
     pub fn state(&self) -> PathBuf {
         self.dir.path().join("state")
+    }
+
+    /// Makes a volume of it.
+    pub fn volume(&self, name: &str, more: &[&str]) -> Ran {
+        let repo = self.repo();
+        let args = ["create", name, "--access", repo.to_str().unwrap(), "--name", "disk"];
+        super::volume(&self.state(), &[args.as_slice(), more].concat())
     }
 
     /// A file with what the image holds.

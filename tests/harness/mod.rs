@@ -210,6 +210,11 @@ pub fn cli() -> Command {
     Command::new(path)
 }
 
+/// What `horcrux-cli volume ARGS` does.
+pub fn volume(state: &Path, args: &[&str]) -> Ran {
+    run(cli().arg("volume").args(args).arg("--state-dir").arg(state))
+}
+
 /// The file `name` below `tests/`.
 pub fn in_tests(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name)
