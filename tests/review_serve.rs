@@ -228,8 +228,8 @@ fn many_clients_with_all_they_may_have_under_way_stay_within_one_bound_and_are_a
         }
     });
     let grown = (peak_memory() - before) >> 20;
-    // The budget; and of each client the buffers of its socket, what it is sending, and one request more.
-    assert!(grown < 256 + CLIENTS * 8, "{grown} MiB");
+    // The budget; and of each client what it is sending, what is received of it, and one request more.
+    assert!(grown < 256 + CLIENTS * 4, "{grown} MiB");
     stop.cancel();
     assert_eq!(runtime.block_on(running).unwrap(), 0);
 }

@@ -32,6 +32,7 @@ use super::export::Export;
 use super::handshake::Chosen;
 use super::mailbox::Mailbox;
 use super::output::{MAX_SLICES, Output};
+use super::payload::Payload;
 use super::peers::Membership;
 use super::received::Received;
 use super::reply::{self, Outcome};
@@ -114,7 +115,7 @@ struct Connection {
     contexts: Arc<[(u32, ContextKind)]>,
     input: Received,
     /// Payloads that did not come with their header; grows to the largest and is used again.
-    payload: Vec<u8>,
+    payload: Payload,
     receiving: Receiving,
     /// Writes that may go together, whole and not begun, with where their payloads are in `input`; none is left when something else is begun.
     gathered: Vec<(Request, Range<usize>)>,
@@ -168,7 +169,7 @@ pub fn run(
         decoder,
         contexts,
         input: Received::starting_with(&input),
-        payload: Vec::new(),
+        payload: Payload::default(),
         receiving: Receiving::Header,
         gathered: Vec::new(),
         output: Output::default(),
@@ -333,7 +334,9 @@ impl Connection {
     #[inline]
     fn try_receive(&mut self, flags: RecvFlags) -> io::Result<Option<bool>> {
         let target = match &mut self.receiving {
-            Receiving::Payload { request, here } => &mut self.payload[*here..request.payload as usize],
+            Receiving::Payload { request, here } => {
+                &mut self.payload.bytes()[*here..request.payload as usize]
+            }
             Receiving::Header | Receiving::Drain { .. } => self.input.room(),
         };
         let received = match recv(&self.socket, target, flags) {
@@ -394,13 +397,18 @@ impl Connection {
                     }
                     self.receiving = Receiving::Header;
                     self.decoder.payload_done();
-                    let mut payload = std::mem::take(&mut self.payload);
-                    let rest = self.begin(&request, &payload[..request.payload as usize]);
-                    if let Some(rest) = rest {
-                        payload.truncate(request.payload as usize);
-                        self.begin_task(request, Bytes::from(payload), rest);
-                    } else if payload.len() <= KEEP_PAYLOAD {
-                        self.payload = payload;
+                    let (payload, len) = (std::mem::take(&mut self.payload), request.payload as usize);
+                    match self.begin(&request, &payload.as_ref()[..len]) {
+                        Some(Rest::All) => self.begin_task(request, payload.into_bytes(len), Rest::All),
+                        done => {
+                            if payload.len() <= KEEP_PAYLOAD {
+                                self.payload = payload;
+                            }
+                            // What is written already needs no payload.
+                            if let Some(rest) = done {
+                                self.begin_task(request, Bytes::new(), rest);
+                            }
+                        }
                     }
                 }
                 Receiving::Drain { request, errno, ref mut left } => {
@@ -451,11 +459,9 @@ impl Connection {
             }
             Ok(()) => {
                 // Validation bounds it. What is here moves over, the rest is received into its place.
-                if self.payload.len() < payload_len {
-                    self.payload.resize(payload_len, 0);
-                }
+                self.payload.hold(payload_len);
                 let here = self.input.bytes().len();
-                self.payload[..here].copy_from_slice(self.input.bytes());
+                self.payload.bytes()[..here].copy_from_slice(self.input.bytes());
                 self.input.consume(here);
                 self.receiving = Receiving::Payload { request, here };
             }

@@ -17,6 +17,7 @@ mod handshake;
 mod listener;
 mod mailbox;
 mod output;
+mod payload;
 mod peers;
 mod received;
 mod reply;
