@@ -85,7 +85,8 @@ fn what_no_volume_needs_is_freed_and_what_is_damaged_is_found() {
     // Looking needs no lock. What was fetched is written behind the backs of those who wait.
     let all = || json(&state, &["cache", "stat", "--json"])["chunks"] == 96;
     assert!(harness::until(harness::PATIENCE, all), "{}", care(&state, &["cache", "stat"]).ok());
-    assert_eq!(server.lines("all of it is here").len(), 2);
+    let told = || server.lines("all of it is here").len() == 2;
+    assert!(harness::until(harness::PATIENCE, told), "{}", server.log());
     let said = care(&state, &["cache", "prune"]).refused();
     assert!(said.contains("is in use"), "{said}");
     server.stop();
