@@ -296,6 +296,25 @@ fn a_daemon_that_is_down_is_named_and_a_second_one_is_refused() {
 }
 
 #[test]
+fn who_sends_too_much_is_told_so_while_sending() {
+    let image = Image::sparse();
+    let state = image.state();
+    let server = Serve::daemon(&state).start();
+    let mut client = UnixStream::connect(control(&state)).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    let half = vec![b' '; MIB / 2];
+    write!(client, "POST /v1/volumes HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {MIB}\r\n\r\n").unwrap();
+    client.write_all(&half).unwrap();
+    // By now it is known that this is too much.
+    std::thread::sleep(Duration::from_millis(300));
+    client.write_all(&half).expect("the rest is taken");
+    let mut told = [0; 12];
+    client.read_exact(&mut told).unwrap();
+    assert_eq!(&told, b"HTTP/1.1 413");
+    server.stop();
+}
+
+#[test]
 fn others_clients_are_answered_in_json_and_refused_with_words() {
     if !need(&["curl"]) {
         return;

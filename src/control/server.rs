@@ -3,16 +3,21 @@
 //! Invariant: what clients may hold is bounded: so many connections, so long for a request's head and body; after a stop nobody is waited for longer than the grace.
 
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response};
-use hyper::body::Incoming;
+use bytes::Bytes;
+use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -25,6 +30,9 @@ const MAX_CONNECTIONS: usize = 128;
 const HEAD_LIMIT: Duration = Duration::from_secs(30);
 /// After a stop, requests in flight have this long.
 const GRACE: Duration = Duration::from_secs(10);
+/// So much of a request that is answered already is read, and for so long.
+const MOST_LEFT: usize = 1 << 20;
+const LEFT_LIMIT: Duration = Duration::from_secs(1);
 /// An answer that is ready has this long to be sent.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 /// After a failed accept (as a rule for want of descriptors) the next one waits.
@@ -129,7 +137,44 @@ impl Drop for UnderWay {
     }
 }
 
+/// A request's body, of which more can be read once its answer is known.
+struct Shared(Arc<Mutex<Incoming>>);
+
+impl hyper::body::Body for Shared {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        Pin::new(&mut *self.0.lock()).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.lock().is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.0.lock().size_hint()
+    }
+}
+
 async fn answer(router: Router, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
     let mut router = router;
-    tower_service::Service::call(&mut router, request.map(Body::new)).await
+    let (head, body) = request.into_parts();
+    let body = Arc::new(Mutex::new(body));
+    let shared = Body::new(Shared(body.clone()));
+    let answered = tower_service::Service::call(&mut router, Request::from_parts(head, shared)).await;
+    // Who is still sending would find the connection closed, and not hear why.
+    let rest = async {
+        let mut left = MOST_LEFT;
+        while left > 0
+            && let Some(Ok(frame)) = poll_fn(|context| Pin::new(&mut *body.lock()).poll_frame(context)).await
+        {
+            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+        }
+    };
+    let _ = tokio::time::timeout(LEFT_LIMIT, rest).await;
+    answered
 }
