@@ -32,7 +32,7 @@ const HEAD_LIMIT: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_secs(10);
 /// So much of a request that is answered already is read, and for so long.
 const MOST_LEFT: usize = 1 << 20;
-const LEFT_LIMIT: Duration = Duration::from_secs(1);
+const LEFT_LIMIT: Duration = Duration::from_secs(5);
 /// An answer that is ready has this long to be sent.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 /// After a failed accept (as a rule for want of descriptors) the next one waits.
@@ -137,7 +137,7 @@ impl Drop for UnderWay {
     }
 }
 
-/// A request's body, of which more can be read once its answer is known.
+/// A request's body, of which more can be read once its answer is known: a router keeps none of it.
 struct Shared(Arc<Mutex<Incoming>>);
 
 impl hyper::body::Body for Shared {

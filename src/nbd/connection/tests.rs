@@ -1,3 +1,7 @@
+//! A connection that others' requests hold up.
+//!
+//! Enters: requests over a socket, while others have what they need. Leaves: their answers. Invariant: what was left for want of something is taken on when that is there again, whoever gave it back.
+
 use super::*;
 
 use std::io::{Read, Write};
