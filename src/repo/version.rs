@@ -22,6 +22,8 @@ use crate::units::BlockIndex;
 
 /// Range reads of one [`Version::fetch`] that are under way at once.
 pub const PARALLEL_READS: usize = 16;
+/// So much is unpacked and hashed where its bytes came in, in less than 0.1 ms: to wake another thread for it would cost half as much again.
+const INLINE_BYTES: usize = 128 << 10;
 
 /// How much memory an opened version may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -234,7 +236,7 @@ impl Version {
 
     /// Fetches chunks, whose locations come from this version's tables; the answers are in their order, one for each.
     ///
-    /// Neighbours in one object come by one read. Unpacking and hashing run on blocking threads.
+    /// Neighbours in one object come by one read. Unpacking and hashing of more than one short chunk run on blocking threads.
     pub async fn fetch(&self, locations: &[ChunkLocation]) -> Vec<Result<VerifiedChunk, RepoError>> {
         let mut answers: Vec<Option<Result<VerifiedChunk, RepoError>>> = vec![None; locations.len()];
         let reads = fetch::plan(locations).into_iter().map(|read| self.fetch_range(read, locations));
@@ -307,7 +309,7 @@ impl Version {
             .map_err(|error| named_object_error(&**store, error, &key))?;
         let wanted: Vec<(usize, ChunkLocation)> = read.chunks.iter().map(|&at| (at, locations[at])).collect();
         let (start, size) = (read.range.start, self.inner.commit.chunk_size);
-        let unpacked = on_blocking_thread(&**store, move || {
+        let unpack = move || {
             let unpack = |(at, location): (usize, ChunkLocation)| {
                 let range = fetch::range_of(&location);
                 let stored = body.slice((range.start - start) as usize..(range.end - start) as usize);
@@ -317,8 +319,10 @@ impl Version {
                 (at, fetch::unpack(&location, size, stored))
             };
             wanted.into_iter().map(unpack).collect::<Vec<_>>()
-        })
-        .await?;
+        };
+        let bytes = read.chunks.len() * size.len();
+        let unpacked =
+            if bytes <= INLINE_BYTES { unpack() } else { on_blocking_thread(&**store, unpack).await? };
         let place = || store.describe();
         let name = |source| RepoError::Damaged { place: place(), key: key.clone(), source };
         Ok(unpacked.into_iter().map(|(at, answer)| (at, answer.map_err(name))).collect())

@@ -10,6 +10,7 @@ mod client;
 mod error;
 mod place;
 mod probe;
+mod signed;
 mod upload;
 
 use std::ops::Range;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::operation::get_object::GetObjectError;
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
 use bytes::{Bytes, BytesMut};
@@ -28,6 +30,7 @@ pub use place::S3Place;
 
 use self::error::{Answer, answer, store_error};
 use self::probe::{PROBES, TagForm};
+use self::signed::{Lending, Signed};
 use self::upload::{Budget, Spool, spool_error};
 use super::{Etag, Key, KeyPrefix, Listed, MAX_WHOLE_OBJECT, Page, Store, StoreError, Upload};
 
@@ -49,7 +52,9 @@ pub struct S3Store {
 struct Inner {
     place: S3Place,
     name: String,
-    client: OnceCell<Client>,
+    client: OnceCell<Lending>,
+    /// Requests for ranges.
+    signed: Signed,
     /// What the probe found.
     form: OnceCell<TagForm>,
     /// Parts on their way.
@@ -73,14 +78,15 @@ impl S3Store {
 
     /// The store at a place, through a client that is there already.
     pub fn with_client(place: S3Place, client: Client) -> S3Store {
-        S3Store::of(place, OnceCell::new_with(Some(client)))
+        S3Store::of(place, OnceCell::new_with(Some(Lending::of(&client))))
     }
 
-    fn of(place: S3Place, client: OnceCell<Client>) -> S3Store {
+    fn of(place: S3Place, client: OnceCell<Lending>) -> S3Store {
         let inner = Inner {
             name: place.to_string(),
             place,
             client,
+            signed: Signed::default(),
             form: OnceCell::new(),
             sending: Semaphore::new(PARTS_AT_ONCE),
             memory: Budget::new(UPLOAD_MEMORY),
@@ -90,8 +96,12 @@ impl S3Store {
 }
 
 impl Inner {
+    async fn lending(&self) -> &Lending {
+        self.client.get_or_init(|| async { Lending::of(&client::client(&self.place).await) }).await
+    }
+
     async fn client(&self) -> &Client {
-        self.client.get_or_init(|| client::client(&self.place)).await
+        &self.lending().await.client
     }
 
     /// The client, once the server has shown that it keeps conditions.
@@ -173,12 +183,37 @@ impl Inner {
             super::dir::check_range(&self.name, key, &range, len)?;
             return Ok(Bytes::new());
         }
-        let get = self.client().await.get_object().bucket(&self.place.bucket).key(self.object(key));
-        match get.range(format!("bytes={}-{}", range.start, range.end - 1)).send().await {
+        let object = self.object(key);
+        let through = self.lending().await;
+        let refused = match self.signed.get(through, &self.place.bucket, &object, &range).await {
+            None => false,
+            Some(Ok(got))
+                if got.status().as_u16() == 206 && starts(got.headers().get("content-range"), &range) =>
+            {
+                return self.body(key, ByteStream::new(got.into_body()), expected).await;
+            }
+            // A server that has too much to do is not asked again at once.
+            Some(Ok(got)) if matches!(got.status().as_u16(), 429 | 500..) => {
+                let error = SdkError::<GetObjectError>::response_error("it is busy or broken", got);
+                return Err(store_error(&self.name, "read", key, &error));
+            }
+            Some(Ok(got)) => {
+                self.signed.forget(&object);
+                matches!(got.status().as_u16(), 400 | 401 | 403)
+            }
+            Some(Err(failed)) => {
+                let error = SdkError::<GetObjectError>::dispatch_failure(failed);
+                return Err(store_error(&self.name, "read", key, &error));
+            }
+        };
+        let get = through.client.get_object().bucket(&self.place.bucket).key(object);
+        match get.range(signed::header(&range)).send().await {
             Ok(got) => {
+                if refused {
+                    self.signed.give_up();
+                }
                 // Without it, it is not the range, whatever its length: the server knows no ranges.
-                let start = format!("bytes {}-", range.start);
-                let told = got.content_range().filter(|told| told.starts_with(&start));
+                let told = got.content_range().filter(|told| starts(Some(told), &range));
                 self.told(key, "Content-Range from there", told)?;
                 // A body that is shorter is the end of the object.
                 self.body(key, got.body, expected).await
@@ -321,6 +356,12 @@ impl Inner {
             Err(error) => error.into(),
         }
     }
+}
+
+/// Whether an answer says that it starts where the range does.
+fn starts(content_range: Option<&str>, range: &Range<u64>) -> bool {
+    let said = content_range.and_then(|said| said.strip_prefix("bytes ")?.split_once('-'));
+    said.is_some_and(|(start, _)| start.parse() == Ok(range.start))
 }
 
 struct Ask<'a> {
