@@ -19,6 +19,9 @@ const TAKES: u8 = 0;
 const REFUSES: u8 = 1;
 const IS_BUSY: u8 = 2;
 const CUTS_THE_RANGE: u8 = 3;
+const DOES_NOT_KNOW_IT: u8 = 4;
+const IS_BROKEN: u8 = 5;
+const STALLS: u8 = 6;
 
 fn content() -> Vec<u8> {
     (0..LEN).map(|at| (at * 7 + at / 256) as u8).collect()
@@ -51,7 +54,12 @@ impl Bucket {
                             }
                         }
                         let head = head.to_ascii_lowercase();
-                        let answer = answer(&head, &content, manner.load(Ordering::SeqCst));
+                        let now = manner.load(Ordering::SeqCst);
+                        let mut answer = answer(&head, &content, now);
+                        if now == STALLS && head.contains(IN_THE_URL) {
+                            // It says no more, and does not go.
+                            answer.truncate(answer.len() / 2);
+                        }
                         heads.lock().unwrap().push(head);
                         if stream.get_mut().write_all(&answer).is_err() {
                             return;
@@ -91,6 +99,8 @@ fn answer(head: &str, content: &[u8], manner: u8) -> Vec<u8> {
     match manner {
         REFUSES if in_the_url => return plain("403 Forbidden"),
         IS_BUSY if in_the_url => return plain("503 Service Unavailable"),
+        DOES_NOT_KNOW_IT if in_the_url => return plain("501 Not Implemented"),
+        IS_BROKEN if in_the_url => return plain("500 Internal Server Error"),
         _ => {}
     }
     let range = head.lines().find_map(|line| line.strip_prefix("range: bytes=")).unwrap();
@@ -143,43 +153,73 @@ async fn ranges_of_an_object_are_signed_once() {
     assert!(signature(&heads[0]).is_some_and(|other| other != first), "{heads:?}");
 }
 
+/// Which of the heads had their signature in the URL.
+fn in_the_url(heads: &[String]) -> Vec<usize> {
+    (0..heads.len()).filter(|&at| heads[at].contains(IN_THE_URL)).collect()
+}
+
 #[tokio::test]
-async fn where_a_signed_url_is_refused_the_sdk_asks_from_then_on() {
+async fn where_signed_urls_are_not_taken_the_sdk_asks_and_soon_asks_alone() {
+    for manner in [REFUSES, CUTS_THE_RANGE, DOES_NOT_KNOW_IT] {
+        let bucket = Bucket::start();
+        bucket.manner.store(manner, Ordering::SeqCst);
+        let store = bucket.store(None);
+        for at in 1..11 {
+            reads_well(&store, at * 1000).await;
+        }
+        let heads = bucket.heads();
+        assert_eq!((in_the_url(&heads), heads.len()), (vec![1, 3, 5], 13), "{manner}: {heads:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_signature_that_is_refused_once_is_made_anew() {
     let bucket = Bucket::start();
+    let store = bucket.store(None);
+    for at in 0..3 {
+        reads_well(&store, at * 1000).await;
+    }
     bucket.manner.store(REFUSES, Ordering::SeqCst);
-    let store = bucket.store(None);
-    for at in 0..10 {
-        reads_well(&store, at * 1000).await;
-    }
-    let heads = bucket.heads();
-    let refused: Vec<usize> = (0..heads.len()).filter(|&at| heads[at].contains(IN_THE_URL)).collect();
-    assert_eq!((refused, heads.len()), (vec![1], 11), "{heads:?}");
-}
-
-#[tokio::test]
-async fn an_answer_that_is_another_range_is_not_believed() {
-    let bucket = Bucket::start();
-    bucket.manner.store(CUTS_THE_RANGE, Ordering::SeqCst);
-    let store = bucket.store(None);
-    for at in 1..5 {
-        reads_well(&store, at * 1000).await;
-    }
-    assert!(bucket.heads().iter().any(|head| head.contains(IN_THE_URL)));
-}
-
-#[tokio::test]
-async fn a_busy_server_is_not_asked_twice_for_one_read() {
-    let bucket = Bucket::start();
-    let store = bucket.store(None);
     reads_well(&store, 0).await;
-    bucket.manner.store(IS_BUSY, Ordering::SeqCst);
-    bucket.heads();
-    let error = store.get_range(&key(), 0..10).await.unwrap_err();
-    assert!(matches!(error, StoreError::Busy { .. }), "{error}");
-    assert_eq!(bucket.heads().len(), 1);
     bucket.manner.store(TAKES, Ordering::SeqCst);
+    for at in 0..3 {
+        reads_well(&store, at * 1000).await;
+    }
+    // The SDK's, two; the refused one and the SDK's; three.
+    assert_eq!(in_the_url(&bucket.heads()), [1, 2, 3, 5, 6, 7]);
+}
+
+#[tokio::test]
+async fn a_server_in_trouble_is_not_asked_twice_for_one_read_and_the_sdk_is_next() {
+    for (manner, is_busy) in [(IS_BUSY, true), (IS_BROKEN, false)] {
+        let bucket = Bucket::start();
+        let store = bucket.store(None);
+        reads_well(&store, 0).await;
+        bucket.manner.store(manner, Ordering::SeqCst);
+        bucket.heads();
+        let error = store.get_range(&key(), 0..10).await.unwrap_err();
+        assert!(error.is_transient() && matches!(error, StoreError::Busy { .. }) == is_busy, "{error}");
+        assert_eq!(in_the_url(&bucket.heads()), [0]);
+        // Who tries again has the SDK's answer.
+        reads_well(&store, 0).await;
+        let heads = bucket.heads();
+        assert!(heads.len() == 1 && heads[0].contains(IN_A_HEADER), "{heads:?}");
+        bucket.manner.store(TAKES, Ordering::SeqCst);
+        reads_well(&store, 0).await;
+        assert_eq!(in_the_url(&bucket.heads()), [0]);
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_stops_in_the_middle_is_given_up() {
+    let bucket = Bucket::start();
+    let store = bucket.store(None);
     reads_well(&store, 0).await;
-    assert!(bucket.heads()[0].contains(IN_THE_URL));
+    bucket.manner.store(STALLS, Ordering::SeqCst);
+    let began = std::time::Instant::now();
+    let error = store.get_range(&key(), 0..100_000).await.unwrap_err();
+    assert!(error.is_transient() && error.to_string().contains("stopped after"), "{error}");
+    assert!(began.elapsed().as_secs() < 20, "{:?}", began.elapsed());
 }
 
 #[tokio::test]
@@ -189,7 +229,9 @@ async fn a_session_token_is_never_in_a_url() {
     for at in 0..5 {
         reads_well(&store, at * 1000).await;
     }
-    for head in bucket.heads() {
+    let heads = bucket.heads();
+    assert_eq!(heads.len(), 5);
+    for head in heads {
         assert!(head.contains(IN_A_HEADER) && head.contains("x-amz-security-token: t0ken"), "{head}");
         assert!(!head.lines().next().unwrap().contains("t0ken"), "{head}");
     }

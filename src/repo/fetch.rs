@@ -54,7 +54,7 @@ pub fn plan(locations: &[ChunkLocation]) -> Vec<RangeRead> {
 }
 
 thread_local! {
-    /// A zstd context is a few hundred KiB; blocking threads come and go, and each keeps one.
+    /// A zstd context is a few hundred KiB; each thread that unpacks keeps one, and blocking threads come and go.
     static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
 }
 

@@ -24,7 +24,7 @@ const READ_TIMEOUT: Duration = Duration::from_secs(30);
 /// An upload that goes at 16 KB/s or faster is let finish, besides the time for the answer.
 const SLOWEST_BYTES_PER_MS: u64 = 16;
 /// A body that does not move for so long is given up.
-const STALL_GRACE: Duration = Duration::from_secs(10);
+pub(super) const STALL_GRACE: Duration = Duration::from_secs(10);
 /// What servers that are not Amazon's are told where nobody says otherwise: signatures need some region.
 const FALLBACK_REGION: &str = "us-east-1";
 /// Attempts at one part of an upload: the part is lost alone, not the block with it.

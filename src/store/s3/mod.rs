@@ -4,7 +4,8 @@
 //! If-None-Match and If-Match (`probe`); on one that does not, every write is refused, because refs could be overwritten unseen.
 //!
 //! Write-once objects go up with If-None-Match, in one request or, when long, in parts of [`PART_BYTES`], [`PARTS_AT_ONCE`] at a time. Refs move with If-Match
-//! on the tag they were read with. Every request is made once: who wants more wraps the store in `store::retry`.
+//! on the tag they were read with. Every request is made once, but for a range that a request signed ahead
+//! did not bring (`signed`): who wants more wraps the store in `store::retry`.
 
 mod client;
 mod error;
@@ -147,14 +148,21 @@ impl Inner {
         let mut first = Bytes::new();
         let mut rest = BytesMut::new();
         let mut got = 0;
-        while let Some(piece) = body.next().await {
-            let piece = piece.map_err(|source| StoreError::Remote {
-                store: self.name.clone(),
-                operation: "read",
-                key: key.to_string(),
-                why: format!("the answer broke off after {got} of {expected} bytes: {source}"),
-                transient: true,
-            })?;
+        let failed = |why: String| StoreError::Remote {
+            store: self.name.clone(),
+            operation: "read",
+            key: key.to_string(),
+            why,
+            transient: true,
+        };
+        loop {
+            let piece = match tokio::time::timeout(client::STALL_GRACE, body.next()).await {
+                Ok(Some(piece)) => piece.map_err(|source| {
+                    failed(format!("the answer broke off after {got} of {expected} bytes: {source}"))
+                })?,
+                Ok(None) => break,
+                Err(_) => return Err(failed(format!("the answer stopped after {got} of {expected} bytes"))),
+            };
             got += piece.len() as u64;
             if got > expected {
                 return Err(self.short(key, expected, got));
@@ -185,36 +193,33 @@ impl Inner {
         }
         let object = self.object(key);
         let through = self.lending().await;
-        let refused = match self.signed.get(through, &self.place.bucket, &object, &range).await {
-            None => false,
-            Some(Ok(got))
-                if got.status().as_u16() == 206 && starts(got.headers().get("content-range"), &range) =>
-            {
-                return self.body(key, ByteStream::new(got.into_body()), expected).await;
-            }
-            // A server that has too much to do is not asked again at once.
-            Some(Ok(got)) if matches!(got.status().as_u16(), 429 | 500..) => {
-                let error = SdkError::<GetObjectError>::response_error("it is busy or broken", got);
+        let mut instead = false;
+        if let Some(asked) = self.signed.get(through, &self.place.bucket, &object, &range).await {
+            if asked.is_trouble() {
+                self.signed.doubt(&object);
+                let error = match asked.answer {
+                    Ok(got) => SdkError::<GetObjectError>::response_error("it is busy or broken", got),
+                    Err(failed) => SdkError::dispatch_failure(failed),
+                };
                 return Err(store_error(&self.name, "read", key, &error));
             }
-            Some(Ok(got)) => {
-                self.signed.forget(&object);
-                matches!(got.status().as_u16(), 400 | 401 | 403)
+            match asked.answer {
+                Ok(got)
+                    if got.status().as_u16() == 206 && starts(got.headers().get("content-range"), &range) =>
+                {
+                    self.signed.worked();
+                    return self.body(key, ByteStream::new(got.into_body()), expected).await;
+                }
+                _ => instead = true,
             }
-            Some(Err(failed)) => {
-                let error = SdkError::<GetObjectError>::dispatch_failure(failed);
-                return Err(store_error(&self.name, "read", key, &error));
-            }
-        };
-        let get = through.client.get_object().bucket(&self.place.bucket).key(object);
+        }
+        let get = through.client.get_object().bucket(&self.place.bucket).key(&object);
         match get.range(signed::header(&range)).send().await {
             Ok(got) => {
-                if refused {
-                    self.signed.give_up();
-                }
                 // Without it, it is not the range, whatever its length: the server knows no ranges.
                 let told = got.content_range().filter(|told| starts(Some(told), &range));
                 self.told(key, "Content-Range from there", told)?;
+                self.signed.helped_out(&object, instead);
                 // A body that is shorter is the end of the object.
                 self.body(key, got.body, expected).await
             }
