@@ -131,18 +131,23 @@ struct State {
 
 /// What is known of an object.
 enum Known {
-    /// Its requests. Two clocks: one stands still while the machine sleeps, the other may be set.
-    Signed { request: PresignedRequest, at: Instant, wall: SystemTime },
+    /// Its requests.
+    Signed(Arc<Made>),
     /// The last one brought nothing, and nobody was asked again: the SDK is next.
     Doubted,
 }
 
-impl Known {
-    fn request(&self) -> Option<&PresignedRequest> {
-        let Known::Signed { request, at, wall } = self else { return None };
-        let by_the_wall = SystemTime::now().duration_since(*wall);
-        let in_time = at.elapsed() < USED_FOR && by_the_wall.is_ok_and(|age| age < USED_FOR);
-        in_time.then_some(request)
+/// A signed request, and when it was made. Two clocks: one stands still while the machine sleeps, the other may be set.
+struct Made {
+    request: PresignedRequest,
+    at: Instant,
+    wall: SystemTime,
+}
+
+impl Made {
+    fn is_young(&self) -> bool {
+        let by_the_wall = SystemTime::now().duration_since(self.wall);
+        self.at.elapsed() < USED_FOR && by_the_wall.is_ok_and(|age| age < USED_FOR)
     }
 }
 
@@ -180,8 +185,8 @@ impl Signed {
         // Before the SDK has made its first request there is none.
         let connector = through.lent.get()?;
         let signed = self.request(&through.client, bucket, object).await?;
-        let mut request = HttpRequest::get(signed.uri()).ok()?;
-        for (name, value) in signed.headers() {
+        let mut request = HttpRequest::get(signed.request.uri()).ok()?;
+        for (name, value) in signed.request.headers() {
             request.headers_mut().insert(name.to_owned(), value.to_owned());
         }
         request.headers_mut().insert("range", header(range));
@@ -190,7 +195,7 @@ impl Signed {
         Some(Asked { answer: connector.call(request).await, connection })
     }
 
-    async fn request(&self, client: &Client, bucket: &str, object: &str) -> Option<PresignedRequest> {
+    async fn request(&self, client: &Client, bucket: &str, object: &str) -> Option<Arc<Made>> {
         {
             let state = self.state.lock();
             if state.rests_until.is_some_and(|until| Instant::now() < until) {
@@ -198,7 +203,7 @@ impl Signed {
             }
             match state.objects.get(object) {
                 Some(Known::Doubted) => return None,
-                Some(known) if known.request().is_some() => return known.request().cloned(),
+                Some(Known::Signed(made)) if made.is_young() => return Some(made.clone()),
                 _ => {}
             }
         }
@@ -209,14 +214,15 @@ impl Signed {
             self.never.store(true, Ordering::Relaxed);
             return None;
         }
-        self.note(object, Known::Signed { request: request.clone(), at, wall });
-        Some(request)
+        let made = Arc::new(Made { request, at, wall });
+        self.note(object, Known::Signed(made.clone()));
+        Some(made)
     }
 
     fn note(&self, object: &str, known: Known) {
         let mut state = self.state.lock();
         if state.objects.len() >= KEPT {
-            state.objects.retain(|_, known| known.request().is_some());
+            state.objects.retain(|_, known| matches!(known, Known::Signed(made) if made.is_young()));
         }
         if state.objects.len() >= KEPT {
             // Who reads so many objects at once signs each once more.
