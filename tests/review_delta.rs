@@ -93,6 +93,42 @@ fn a_commit_that_only_the_page_cache_has_is_made_durable_before_its_slots_are_us
     }
 }
 
+/// A layer is sealed, and can't be made durable: no FLUSH will do well any more, so no write may be taken either.
+#[test]
+fn a_sealed_layer_whose_fsync_failed_ends_the_writes_to_the_one_above_it() {
+    let (below, above) = (SimulatedDisk::new(), SimulatedDisk::new());
+    let delta = create(below.dir());
+    delta.write(PageIndex(0), &[1; PAGE]).unwrap();
+    let top = Layer::create(above.dir(), &identity(), LayerId([3; 16])).unwrap();
+    let stacked = delta.with_top(Arc::new(top));
+    delta.seal_top(|| ());
+    stacked.write(PageIndex(1), &[2; PAGE]).unwrap();
+    below.fail_next_sync(&mut Dice(1));
+    stacked.flush().unwrap_err();
+    stacked.write(PageIndex(2), &[3; PAGE]).unwrap_err();
+    stacked.zero(PageIndex(3), 1).unwrap_err();
+    stacked.flush().unwrap_err();
+}
+
+/// A layer that is settled may be shared: nothing that comes late writes to its files, not even what would leave them saying the same.
+#[test]
+fn a_flush_over_an_old_view_leaves_a_settled_layer_alone() {
+    let disk = SimulatedDisk::new();
+    let layer = Layer::create(disk.dir(), &identity(), LayerId([2; 16])).unwrap();
+    let delta = Delta::new(vec![Arc::new(layer.rewrite_log_above(ByteLen(1)))]);
+    for round in 0..64 {
+        delta.write(PageIndex(0), &[round; PAGE]).unwrap();
+        delta.flush().unwrap();
+    }
+    delta.seal_top(|| ());
+    delta.layers()[0].settle().unwrap();
+    let (len, syncs) = (disk.file_len("map"), disk.syncs());
+    for _ in 0..8 {
+        delta.flush().unwrap();
+    }
+    assert_eq!((disk.file_len("map"), disk.syncs()), (len, syncs));
+}
+
 /// The log's fsync fails: the kernel calls its pages clean although they may not be on the disk, and says so to nobody else. The next server
 /// reads them from memory; then the power goes.
 #[test]

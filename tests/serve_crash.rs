@@ -637,8 +637,8 @@ fn state_of_a_newer_version_or_damaged_is_refused_by_file_and_number() {
     refuses_with(
         &image,
         "volume.json",
-        replace("\"version\": 2", "\"version\": 7"),
-        &["volume record version 7, this build reads 1..=2", "hint: if a newer Horcrux wrote it"],
+        replace("\"version\": 3", "\"version\": 7"),
+        &["volume record version 7, this build reads 1..=3", "hint: if a newer Horcrux wrote it"],
     );
     refuses_with(&image, "volume.json", |bytes| bytes[..100].to_vec(), &["hint: "]);
     refuses_with(&image, "volume.json", replace("0001", "../../x"), &["layers can't be"]);

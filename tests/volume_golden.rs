@@ -1,4 +1,4 @@
-//! Volumes written by earlier builds go on under this one: their record, and the unsaved writes in their delta. `tests/golden/state-v1` is checked in and never
+//! Volumes written by earlier builds go on under this one: their record, and the unsaved writes in their delta. `tests/golden/state-v1` and `state-v2` are checked in and never
 //! written again; where a later version of the formats adds one, HORCRUX_WRITE_GOLDEN=<empty directory> makes this test write it there.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
@@ -44,6 +44,15 @@ fn write(state: &Path) {
 
 #[test]
 fn a_volume_of_version_1_has_what_was_written_to_it() {
+    has_what_was_written("state-v1");
+}
+
+#[test]
+fn a_volume_of_version_2_has_what_was_written_to_it() {
+    has_what_was_written("state-v2");
+}
+
+fn has_what_was_written(kept: &str) {
     let temp = tempfile::tempdir().unwrap();
     let state = temp.path().join("state");
     match std::env::var_os("HORCRUX_WRITE_GOLDEN") {
@@ -54,7 +63,7 @@ fn a_volume_of_version_1_has_what_was_written_to_it() {
         }
         None => {
             std::fs::create_dir(&state).unwrap();
-            run(Command::new("cp").arg("-r").arg(golden("state-v1/volumes")).arg(&state)).ok();
+            run(Command::new("cp").arg("-r").arg(golden(kept).join("volumes")).arg(&state)).ok();
         }
     }
     let server = serve(&state);

@@ -168,7 +168,7 @@ impl Driver {
         }
         let volume = name.to_owned();
         self.on_disk(move |ledger| ledger.unuse(&volume)).await?;
-        match self.daemon(deadline).remove_volume(name).await {
+        match self.daemon(deadline).remove_volume(name, false).await {
             Err(error) if !is_refusal(&error, "no_volume") => return Err(error.into()),
             _ => {}
         }

@@ -9,7 +9,8 @@ use horcrux::repo::RefSpec;
 use horcrux::units::ByteLen;
 
 /// For a refusal: what there is.
-const KNOWN: &str = "name, access, mirror (mirror2, ...), version or branch, size, ro, fs, prefetch, quota";
+const KNOWN: &str =
+    "name, access, mirror (mirror2, ...), version or branch, size, ro, fs, prefetch, quota, from";
 
 /// Why options can't be used.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -45,6 +46,7 @@ impl Given {
                 "fs" => "fs",
                 "prefetch" => "prefetch",
                 "quota" => "quota",
+                "from" => "from",
                 other => {
                     let unknown = || OptionError::Unknown(key.clone());
                     let number = other.strip_prefix("mirror").ok_or_else(unknown)?;
@@ -90,6 +92,14 @@ pub fn wanted(volume: &str, options: &BTreeMap<String, String>) -> Result<Create
     let bytes = |text: &str| {
         text.parse().map(|ByteLen(bytes)| bytes).map_err(|_| "is no size; write it as 20G or 512M".to_owned())
     };
+    if let Some(from) = given.text("from") {
+        if given.0.len() > 1 || !mirrors.is_empty() {
+            let why = "is a volume this one is a clone of: it has everything of it, so no other option goes with it";
+            return Err(OptionError::Value { key: "from", value: from.to_owned(), why: why.to_owned() });
+        }
+        let (name, from) = (volume.to_owned(), Some(from.to_owned()));
+        return Ok(CreateVolume { name, from, ..CreateVolume::default() });
+    }
     let image = given.needed("name")?;
     let spec: RefSpec = image.parse().map_err(|error| OptionError::Value {
         key: "name",
@@ -111,6 +121,7 @@ pub fn wanted(volume: &str, options: &BTreeMap<String, String>) -> Result<Create
         name: volume.to_owned(),
         access,
         image: spec.image.to_string(),
+        from: None,
         reference: Some(reference),
         size: given.parsed("size", bytes)?,
         filesystem: given.parsed("fs", |text| match text {
@@ -175,6 +186,16 @@ mod tests {
         assert_eq!(few.reference.as_deref(), Some("v7"));
         assert!(!few.read_only && few.size.is_none());
         assert_eq!(of(&[("name", "A"), ("access", "/r")]).unwrap().reference.as_deref(), Some("main"));
+    }
+
+    #[test]
+    fn a_clone_names_its_source_and_nothing_else() {
+        let clone = of(&[("--from", "v0")]).unwrap();
+        assert_eq!((clone.name.as_str(), clone.from.as_deref(), clone.access.len()), ("v1", Some("v0"), 0));
+        for more in [("size", "20G"), ("name", "A"), ("mirror", "/m")] {
+            let told = of(&[("from", "v0"), more]).unwrap_err().to_string();
+            assert!(told.starts_with("option 'from': 'v0' is a volume this one is a clone of"), "{told}");
+        }
     }
 
     #[test]

@@ -13,15 +13,20 @@ use crate::units::ByteLen;
 use crate::volume::Prefetch;
 
 /// A volume to be made.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateVolume {
     /// Its name: letters, digits, `_`, `.` and `-`, the first a letter or digit.
     pub name: String,
     /// Where the repository is: one place, or copies of it in several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub access: Vec<String>,
     /// The image.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub image: String,
+    /// Another volume it is to be a clone of; then nothing but the name is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
     /// The version: a branch, tag or commit, with or without `~N`; absent: the default branch.
     #[serde(default, rename = "ref", skip_serializing_if = "Option::is_none")]
     pub reference: Option<String>,
@@ -184,6 +189,12 @@ pub struct Job {
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// What to do about that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// What came of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<String>,
     /// Bytes that are done.
     pub done_bytes: u64,
     /// Bytes there are to do; 0 until that is known.
@@ -200,6 +211,10 @@ pub struct Job {
 pub enum JobKind {
     /// Fetches all of a volume, to stay.
     Pin,
+    /// Makes what was sealed into commits.
+    Commit,
+    /// Brings commits to the repository.
+    Push,
 }
 
 /// Where a job stands.
@@ -227,8 +242,14 @@ impl From<JobStatus> for Job {
         let began = status.began.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Job {
             id: status.id,
-            kind: JobKind::Pin,
+            kind: match status.kind {
+                host::JobKind::Pin => JobKind::Pin,
+                host::JobKind::Commit => JobKind::Commit,
+                host::JobKind::Push => JobKind::Push,
+            },
             volume: status.volume.to_string(),
+            hint: status.failure.as_deref().and_then(super::failure::way_out),
+            result: status.said,
             state,
             error,
             done_bytes: status.done.0,

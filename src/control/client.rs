@@ -16,6 +16,10 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::api::{Attach, CreateVolume, Failure, Job, Mount, Status, Unmount, Volume};
+use super::version_api::{
+    Checkout, CloneTo, Commit, Force, LoggedCommit, Pulled, PushTo, TakeSnapshot, VolumeSnapshot,
+    VolumeVersion,
+};
 
 /// How long the socket may take to be connected to: a daemon that lives accepts at once.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -117,9 +121,72 @@ impl Client {
         Ok(Made { volume: parsed(&answer)?, is_new: status == StatusCode::CREATED })
     }
 
-    /// Takes a volume away.
-    pub async fn remove_volume(&self, name: &str) -> Result<(), ClientError> {
-        self.exchange(Method::DELETE, &volume_path(name), None::<&()>).await.map(drop)
+    /// Takes a volume away; commits that are not pushed are lost with `force` alone.
+    pub async fn remove_volume(&self, name: &str, force: bool) -> Result<(), ClientError> {
+        let path = format!("{}{}", volume_path(name), if force { "?force=true" } else { "" });
+        self.exchange(Method::DELETE, &path, None::<&()>).await.map(drop)
+    }
+
+    /// Seals what a volume is now as a commit; the job that makes it.
+    pub async fn commit(&self, name: &str, wanted: &Commit) -> Result<Job, ClientError> {
+        self.ask(Method::POST, &format!("{}/commit", volume_path(name)), Some(wanted)).await
+    }
+
+    /// Begins to push a volume's commits.
+    pub async fn push(&self, name: &str, wanted: &PushTo) -> Result<Job, ClientError> {
+        self.ask(Method::POST, &format!("{}/push", volume_path(name)), Some(wanted)).await
+    }
+
+    /// Has a volume stand on its branch's tip.
+    pub async fn pull(&self, name: &str, force: bool) -> Result<Pulled, ClientError> {
+        self.ask(Method::POST, &format!("{}/pull", volume_path(name)), Some(&Force { force })).await
+    }
+
+    /// Has a volume stand on another version.
+    pub async fn checkout(&self, name: &str, wanted: &Checkout) -> Result<Volume, ClientError> {
+        self.ask(Method::POST, &format!("{}/checkout", volume_path(name)), Some(wanted)).await
+    }
+
+    /// Has a volume be what its commit is.
+    pub async fn reset(&self, name: &str, force: bool) -> Result<Volume, ClientError> {
+        self.ask(Method::POST, &format!("{}/reset", volume_path(name)), Some(&Force { force })).await
+    }
+
+    /// A volume in git's words.
+    pub async fn version(&self, name: &str) -> Result<VolumeVersion, ClientError> {
+        self.ask(Method::GET, &format!("{}/version", volume_path(name)), None::<&()>).await
+    }
+
+    /// The newest commits of a volume's history.
+    pub async fn log(&self, name: &str, most: Option<usize>) -> Result<Vec<LoggedCommit>, ClientError> {
+        let most = most.map(|most| format!("?n={most}")).unwrap_or_default();
+        self.ask(Method::GET, &format!("{}/log{most}", volume_path(name)), None::<&()>).await
+    }
+
+    /// A volume's snapshots.
+    pub async fn snapshots(&self, name: &str) -> Result<Vec<VolumeSnapshot>, ClientError> {
+        self.ask(Method::GET, &format!("{}/snapshots", volume_path(name)), None::<&()>).await
+    }
+
+    /// Takes a snapshot of what a volume is now.
+    pub async fn snapshot(&self, name: &str, wanted: &TakeSnapshot) -> Result<VolumeSnapshot, ClientError> {
+        self.ask(Method::POST, &format!("{}/snapshots", volume_path(name)), Some(wanted)).await
+    }
+
+    /// Forgets a snapshot.
+    pub async fn remove_snapshot(&self, name: &str, snapshot: &str) -> Result<(), ClientError> {
+        self.exchange(Method::DELETE, &snapshot_path(name, snapshot), None::<&()>).await.map(drop)
+    }
+
+    /// Makes a volume what it was in a snapshot.
+    pub async fn rollback(&self, name: &str, snapshot: &str, force: bool) -> Result<Volume, ClientError> {
+        let path = format!("{}/rollback", snapshot_path(name, snapshot));
+        self.ask(Method::POST, &path, Some(&Force { force })).await
+    }
+
+    /// Makes another volume that is what this one is now.
+    pub async fn clone_volume(&self, name: &str, wanted: &CloneTo) -> Result<Volume, ClientError> {
+        self.ask(Method::POST, &format!("{}/clone", volume_path(name)), Some(wanted)).await
     }
 
     /// Makes a volume a kernel device.
@@ -239,6 +306,10 @@ fn parsed<A: DeserializeOwned>(answer: &[u8]) -> Result<A, ClientError> {
 
 fn volume_path(name: &str) -> String {
     format!("/v1/volumes/{}", utf8_percent_encode(name, NON_ALPHANUMERIC))
+}
+
+fn snapshot_path(name: &str, snapshot: &str) -> String {
+    format!("{}/snapshots/{}", volume_path(name), utf8_percent_encode(snapshot, NON_ALPHANUMERIC))
 }
 
 /// What a refusal says; one that is not a daemon's is told by its status.

@@ -69,8 +69,8 @@ impl From<HostError> for Refused {
     fn from(error: HostError) -> Refused {
         let (status, code) = kind(&error);
         let refused = Refused::new(status, code, &error);
-        match hint(&error) {
-            Some(hint) => refused.hint(hint),
+        match way_out(&error) {
+            Some(hint) => refused.hint(&hint),
             None => refused,
         }
     }
@@ -87,6 +87,52 @@ impl From<JsonRejection> for Refused {
     }
 }
 
+/// What to do about it.
+pub(super) fn way_out(error: &HostError) -> Option<String> {
+    of_versions(error).or_else(|| hint(error).map(str::to_owned))
+}
+
+fn of_versions(error: &HostError) -> Option<String> {
+    Some(match error {
+        HostError::NothingToCommit { .. } => "'--allow-empty' makes a commit all the same".to_owned(),
+        HostError::NoMessage => "give one with '-m MESSAGE'".to_owned(),
+        HostError::AmendPushed { .. } => "make another commit, without '--amend'".to_owned(),
+        HostError::TooManyCommits { .. } | HostError::NotStill { .. } => "try again in a moment".to_owned(),
+        HostError::Dirty { volume, .. } => {
+            format!("'horcrux-cli commit -m MESSAGE {volume}' keeps them; '--force' goes on without them")
+        }
+        HostError::Unpushed { volume, .. } => {
+            format!("'horcrux-cli push {volume}' first; '--force' goes on without them")
+        }
+        HostError::BeingMade { volume, .. } => format!(
+            "'horcrux-cli status {volume}' says how far it is; '--force' goes on without it"
+        ),
+        HostError::NotFastForward { volume, .. } => format!(
+            "run 'horcrux-cli pull {volume}' first; commits of your own go to a branch of their own: 'horcrux-cli push {volume} NEWBRANCH'"
+        ),
+        HostError::Diverged { volume, .. } => format!(
+            "'horcrux-cli push {volume} NEWBRANCH' keeps this volume's commits on a branch of their own; 'horcrux-cli pull --force {volume}' goes on without them"
+        ),
+        HostError::NoBranch { volume } => {
+            format!("name one: 'horcrux-cli push {volume} BRANCH', or 'horcrux-cli checkout {volume} BRANCH'")
+        }
+        HostError::BranchGone { volume, .. } => {
+            format!(
+                "'horcrux-cli push {volume} BRANCH' makes one; 'horcrux-cli checkout {volume} REF' goes to another"
+            )
+        }
+        HostError::NoSnapshot { volume, .. } => format!("'horcrux-cli snapshot ls {volume}' lists them"),
+        HostError::SnapshotExists { volume, snapshot } => {
+            format!("give another name, or 'horcrux-cli snapshot rm {volume} {snapshot}' first")
+        }
+        HostError::NotEverywhere { .. } => "'horcrux-cli push' again sends what is missing".to_owned(),
+        HostError::Volume(VolumeError::TooManyLayers { volume, .. }) => {
+            format!("'horcrux-cli commit -m MESSAGE {volume}' first, or take snapshots away")
+        }
+        _ => return None,
+    })
+}
+
 fn kind(error: &HostError) -> (StatusCode, &'static str) {
     match error {
         HostError::NoVolume { .. } => (StatusCode::NOT_FOUND, "no_volume"),
@@ -101,6 +147,21 @@ fn kind(error: &HostError) -> (StatusCode, &'static str) {
         HostError::Read { .. } => (StatusCode::BAD_GATEWAY, "repository"),
         HostError::TooSlow { .. } => (StatusCode::GATEWAY_TIMEOUT, "repository_away"),
         HostError::Kernel(error) => of_kernel(error),
+        HostError::NothingToCommit { .. } => (StatusCode::CONFLICT, "nothing_to_commit"),
+        HostError::NoMessage => (StatusCode::BAD_REQUEST, "bad_request"),
+        HostError::AmendPushed { .. } => (StatusCode::CONFLICT, "pushed"),
+        HostError::TooManyCommits { .. } => (StatusCode::TOO_MANY_REQUESTS, "too_many"),
+        HostError::NotStill { .. } => (StatusCode::CONFLICT, "not_still"),
+        HostError::Dirty { .. } => (StatusCode::CONFLICT, "dirty"),
+        HostError::Unpushed { .. } => (StatusCode::CONFLICT, "unpushed"),
+        HostError::BeingMade { .. } => (StatusCode::CONFLICT, "being_made"),
+        HostError::NotFastForward { .. } => (StatusCode::CONFLICT, "not_fast_forward"),
+        HostError::Diverged { .. } => (StatusCode::CONFLICT, "diverged"),
+        HostError::NoBranch { .. } => (StatusCode::CONFLICT, "no_branch"),
+        HostError::BranchGone { .. } => (StatusCode::CONFLICT, "branch_gone"),
+        HostError::NoSnapshot { .. } => (StatusCode::NOT_FOUND, "no_snapshot"),
+        HostError::SnapshotExists { .. } => (StatusCode::CONFLICT, "snapshot_exists"),
+        HostError::NotEverywhere { .. } => (StatusCode::BAD_GATEWAY, "not_everywhere"),
         HostError::Serve(_) | HostError::Flush { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
     }
 }
@@ -110,6 +171,7 @@ fn of_kernel(error: &KernelError) -> (StatusCode, &'static str) {
         KernelError::NoDriver => (StatusCode::SERVICE_UNAVAILABLE, "no_driver"),
         KernelError::NotAllowed(_) => (StatusCode::FORBIDDEN, "not_allowed"),
         KernelError::DeviceBusy { .. } | KernelError::MountBusy { .. } => (StatusCode::CONFLICT, "in_use"),
+        KernelError::Covered { .. } | KernelError::FrozenByOthers { .. } => (StatusCode::CONFLICT, "not_still"),
         KernelError::NoDevice { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "no_device"),
         _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
     }
@@ -123,10 +185,10 @@ fn of_volume(error: &VolumeError) -> (StatusCode, &'static str) {
         | VolumeError::TooLarge { .. }
         | VolumeError::OtherFilesystem { .. } => (StatusCode::BAD_REQUEST, "bad_request"),
         VolumeError::Locked { .. } => (StatusCode::CONFLICT, "in_use"),
+        VolumeError::ReadOnly { .. } => (StatusCode::CONFLICT, "read_only"),
+        VolumeError::TooManyLayers { .. } => (StatusCode::CONFLICT, "too_many"),
+        error if error.is_full() => (StatusCode::INSUFFICIENT_STORAGE, "no_space"),
         VolumeError::Away { .. } => (StatusCode::GATEWAY_TIMEOUT, "repository_away"),
-        VolumeError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-            (StatusCode::INSUFFICIENT_STORAGE, "no_space")
-        }
         VolumeError::Stopped => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
         _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
     }
@@ -165,6 +227,9 @@ fn hint(error: &HostError) -> Option<&'static str> {
             }
             RepoError::NoImage { .. } => {
                 "check the name; 'horcrux-cli image-from-dir NAME DIR REPO' makes an image"
+            }
+            RepoError::Missing { .. } => {
+                "'horcrux-cli sync --from A --to B' brings what a place lacks from a copy that has it"
             }
             error if error.is_transient() => "try again when the repository can be reached",
             _ => return None,

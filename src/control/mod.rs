@@ -12,6 +12,8 @@ mod routes;
 mod server;
 mod tls;
 mod token;
+pub mod version_api;
+mod versions;
 
 pub use client::{Client, ClientError, Made};
 pub use listener::{Listener, bind};

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderName, Method, StatusCode, Uri};
 use axum::routing::get;
@@ -36,8 +36,8 @@ struct Document;
 
 /// What every handler may use.
 #[derive(Clone)]
-struct Shared {
-    host: Arc<Host>,
+pub(super) struct Shared {
+    pub(super) host: Arc<Host>,
     started: Instant,
 }
 
@@ -56,6 +56,7 @@ pub fn router(host: Arc<Host>) -> Router {
         .routes(routes!(jobs))
         .routes(routes!(job, cancel))
         .routes(routes!(figures))
+        .merge(super::versions::routes())
         .split_for_parts();
     router
         .route("/openapi.json", get(move || async move { Json(document) }))
@@ -68,7 +69,7 @@ pub fn router(host: Arc<Host>) -> Router {
 }
 
 /// Brings something to its end whether or not the client waits for it.
-async fn to_its_end<T: Send + 'static>(
+pub(super) async fn to_its_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, HostError>> + Send + 'static,
 ) -> Result<T, Refused> {
     match tokio::spawn(work).await {
@@ -79,11 +80,13 @@ async fn to_its_end<T: Send + 'static>(
 }
 
 /// Looks at something on a thread that may wait for the kernel. Never an empty answer for want of a true one: who asks would forget his volumes.
-async fn looked_at<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Result<T, Refused> {
+pub(super) async fn looked_at<T: Send + 'static>(
+    look: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Refused> {
     tokio::task::spawn_blocking(look).await.map_err(|_| Refused::internal())
 }
 
-fn name_of(text: &str) -> Result<VolumeName, Refused> {
+pub(super) fn name_of(text: &str) -> Result<VolumeName, Refused> {
     text.parse().map_err(Refused::bad_request)
 }
 
@@ -137,17 +140,34 @@ async fn create(
     wanted: Result<Json<CreateVolume>, JsonRejection>,
 ) -> Result<(StatusCode, Json<Volume>), Refused> {
     let Json(wanted) = wanted?;
-    let new = new_volume(wanted)?;
-    let (volume, is_new) = to_its_end(async move { shared.host.create(&new).await }).await?;
+    let (volume, is_new) = match clone_wanted(&wanted)? {
+        Some((of, name)) => to_its_end(async move { shared.host.clone_volume(&of, &name).await }).await?,
+        None => {
+            let new = new_volume(wanted)?;
+            to_its_end(async move { shared.host.create(&new).await }).await?
+        }
+    };
     Ok((if is_new { StatusCode::CREATED } else { StatusCode::OK }, Json(volume.into())))
 }
 
-/// Take a volume away, with what was written to it
-#[utoipa::path(delete, path = "/v1/volumes/{name}", params(("name" = String, Path, description = "The volume's name")),
+/// Whether something may be lost.
+#[derive(serde::Deserialize)]
+struct Forced {
+    #[serde(default)]
+    force: bool,
+}
+
+/// Take a volume away, with what was written to it; commits that are not pushed are lost with `force` alone
+#[utoipa::path(delete, path = "/v1/volumes/{name}", params(("name" = String, Path, description = "The volume's name"),
+    ("force" = Option<bool>, Query, description = "Even where commits are lost by it")),
     responses((status = 204), (status = 404, body = Failure), (status = 409, body = Failure)))]
-async fn remove(State(shared): State<Shared>, Path(name): Path<String>) -> Result<StatusCode, Refused> {
+async fn remove(
+    State(shared): State<Shared>,
+    Path(name): Path<String>,
+    Query(Forced { force }): Query<Forced>,
+) -> Result<StatusCode, Refused> {
     let name = name_of(&name)?;
-    to_its_end(async move { shared.host.remove(&name).await }).await?;
+    to_its_end(async move { shared.host.remove(&name, force).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -268,6 +288,24 @@ fn absolute(directory: String) -> Result<PathBuf, Refused> {
     } else {
         Err(Refused::bad_request("the directory's path must be absolute"))
     }
+}
+
+/// The volume it is to be a clone of, and its name.
+fn clone_wanted(wanted: &CreateVolume) -> Result<Option<(VolumeName, VolumeName)>, Refused> {
+    let Some(from) = &wanted.from else { return Ok(None) };
+    let has_wishes = !wanted.access.is_empty()
+        || !wanted.image.is_empty()
+        || wanted.reference.is_some()
+        || wanted.size.is_some()
+        || wanted.filesystem.is_some()
+        || wanted.read_only
+        || wanted.quota.is_some();
+    if has_wishes {
+        return Err(Refused::bad_request(
+            "a clone has everything of the volume it is made from: give no other wishes",
+        ));
+    }
+    Ok(Some((name_of(from)?, name_of(&wanted.name)?)))
 }
 
 fn new_volume(wanted: CreateVolume) -> Result<NewVolume, Refused> {

@@ -65,6 +65,9 @@ pub enum DeltaError {
         /// What is wrong there.
         problem: &'static str,
     },
+    /// The layer takes no writes any more: there is another above it. Whoever holds an old view of the stack asks for the new one.
+    #[error("the layer is sealed")]
+    Sealed,
     /// An fsync failed before; nothing can be promised until the volume is opened anew.
     #[error("the delta is read-only since an fsync failed: {0}")]
     Poisoned(String),

@@ -55,6 +55,30 @@ pub struct Identity {
     pub device_size: ByteLen,
 }
 
+/// How a layer that is opened is known to belong where it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Binding {
+    /// It was made for this base, and for this volume.
+    Made(Identity),
+    /// It has this id, whatever it was made for: its record says what it lies on now. The device has this size.
+    Named(LayerId, ByteLen),
+}
+
+impl Binding {
+    fn device_size(&self) -> ByteLen {
+        match self {
+            Binding::Made(identity) => identity.device_size,
+            Binding::Named(_, device_size) => *device_size,
+        }
+    }
+}
+
+impl From<&Identity> for Binding {
+    fn from(identity: &Identity) -> Binding {
+        Binding::Made(identity.clone())
+    }
+}
+
 /// Keeps the slots a reader was told of from being used again while it reads them.
 #[derive(Clone)]
 pub struct Pin(#[expect(dead_code, reason = "held for its reference count")] Arc<()>);
@@ -91,14 +115,17 @@ struct Journal {
 ///
 /// Locks are taken in the order `journal`, `gate`, `tails`, `shared`, `slots`.
 pub struct Layer {
+    id: LayerId,
     dir: Box<dyn Dir>,
     data: Box<dyn File>,
-    /// Writers share it from choosing a slot to naming it in the map; a capture takes it alone.
-    gate: RwLock<()>,
+    /// Writers share it from choosing a slot to naming it in the map; a capture takes it alone. `true` once the layer is sealed.
+    gate: RwLock<bool>,
     shared: RwLock<Shared>,
     slots: Mutex<Slots>,
     /// What a kill must not take.
     tails: Mutex<Tails>,
+    /// Sealed, and all of it durable: nothing of it will ever change.
+    settled: AtomicBool,
     /// Entries of tails since the last capture.
     said: AtomicU64,
     in_place: InPlace,
@@ -110,7 +137,7 @@ pub struct Layer {
     poisoned: OnceLock<String>,
     rewrite_min_len: u64,
     /// The most pages that may have a slot.
-    quota_pages: u64,
+    quota_pages: AtomicU64,
 }
 
 impl Layer {
@@ -131,11 +158,19 @@ impl Layer {
         // Syncs the directory too, so both files are there or the layer is not.
         let log = Log::write_new(&*dir, header, std::iter::empty(), |_| Ok(()))?;
         let tails = Tails::new(id, dir.boot(), log.last());
-        Ok(Layer::assemble(dir, data, log, PageMap::new(device_pages(identity)), Slots::new(), tails))
+        Ok(Layer::assemble(
+            dir,
+            data,
+            log,
+            PageMap::new(device_pages(identity.device_size)),
+            Slots::new(),
+            tails,
+        ))
     }
 
     /// Opens a layer and replays its log. What a server that was killed had acknowledged since is committed, if there is space for that.
-    pub fn open(dir: Box<dyn Dir>, identity: &Identity) -> Result<Layer, DeltaError> {
+    pub fn open(dir: Box<dyn Dir>, binding: impl Into<Binding>) -> Result<Layer, DeltaError> {
+        let binding = binding.into();
         let path = &dir.describe(DATA_FILE);
         let data_failed = |action| move |source| DeltaError::io(action, path.clone(), source);
         let data = dir.open(DATA_FILE).map_err(data_failed("open"))?;
@@ -146,7 +181,7 @@ impl Layer {
             .map_err(|source| DeltaError::Format { path: dir.describe(DATA_FILE), source })?;
         let file_slots = (data_len / PAGE_SIZE).saturating_sub(1);
 
-        let device_pages = device_pages(identity);
+        let device_pages = device_pages(binding.device_size());
         let mut pages = PageMap::new(device_pages);
         let damaged = |offset, problem| DeltaError::Damaged { path: dir.describe(MAP_FILE), offset, problem };
         let replayed = Log::replay(&*dir, |record, offset| {
@@ -157,7 +192,7 @@ impl Layer {
             Ok(())
         })?;
         let mut log = replayed.log;
-        check_identity(log.header(), identity, data_id, &*dir)?;
+        check_binding(log.header(), &binding, data_id, &*dir)?;
 
         let mut slots = taken(&pages, file_slots).map_err(|problem| damaged(log.len(), problem))?;
         let (mut tails, recovered) = Tails::open(&*dir, data_id, log.last())?;
@@ -199,6 +234,41 @@ impl Layer {
         Ok(layer)
     }
 
+    /// Opens a layer that is sealed and settled, and changes nothing in it: others may share its files.
+    pub fn open_sealed(dir: Box<dyn Dir>, id: LayerId, device_size: ByteLen) -> Result<Layer, DeltaError> {
+        let path = &dir.describe(DATA_FILE);
+        let data_failed = |action| move |source| DeltaError::io(action, path.clone(), source);
+        let data = dir.open(DATA_FILE).map_err(data_failed("open"))?;
+        let data_len = data.len().map_err(data_failed("read"))?;
+        let mut page = vec![0; PAGE_SIZE.min(data_len) as usize];
+        data.read_at(&mut page, 0).map_err(data_failed("read"))?;
+        let data_id = decode_data_header(&page)
+            .map_err(|source| DeltaError::Format { path: dir.describe(DATA_FILE), source })?;
+        let device_pages = device_pages(device_size);
+        let mut pages = PageMap::new(device_pages);
+        let damaged = |offset, problem| DeltaError::Damaged { path: dir.describe(MAP_FILE), offset, problem };
+        let replayed = Log::replay(&*dir, |record, offset| {
+            if !record.fits(device_pages) {
+                return Err(damaged(offset, "a record names pages that are not there"));
+            }
+            pages.apply(record, &mut |_, _| {});
+            Ok(())
+        })?;
+        let log = replayed.log;
+        check_binding(log.header(), &Binding::Named(id, device_size), data_id, &*dir)?;
+        if replayed.torn {
+            // It was whole before it was called sealed.
+            return Err(damaged(log.len(), "a sealed layer's log ends in a torn frame"));
+        }
+        let slots = taken(&pages, (data_len / PAGE_SIZE).saturating_sub(1))
+            .map_err(|problem| damaged(log.len(), problem))?;
+        let tails = Tails::new(id, dir.boot(), log.last());
+        let layer = Layer::assemble(dir, data, log, pages, slots, tails);
+        *layer.gate.write() = true;
+        layer.settled.store(true, Ordering::Release);
+        Ok(layer)
+    }
+
     /// Of a layer that is being opened. Whether nothing is left to be committed.
     fn commit_what_was_said(&self, said: Vec<Record>) -> Result<bool, DeltaError> {
         if said.is_empty() {
@@ -226,8 +296,10 @@ impl Layer {
         tails: Tails,
     ) -> Layer {
         Layer {
+            id: log.header().layer,
             data,
-            gate: RwLock::new(()),
+            gate: RwLock::new(false),
+            settled: AtomicBool::new(false),
             shared: RwLock::new(Shared {
                 pages,
                 pin: Arc::new(()),
@@ -251,16 +323,46 @@ impl Layer {
             data_dirty: AtomicBool::new(false),
             poisoned: OnceLock::new(),
             rewrite_min_len: REWRITE_MIN_LEN,
-            quota_pages: u64::MAX,
+            quota_pages: AtomicU64::new(u64::MAX),
             dir,
         }
     }
 
     /// Bounds the pages that have bytes of their own, in bytes. Pages that have some already can be written again all the same; writers at the same moment may pass the bound
     /// by what each of them writes.
-    pub fn with_quota(mut self, quota: ByteLen) -> Layer {
-        self.quota_pages = quota.0 / PAGE_SIZE;
+    pub fn with_quota(self, quota: ByteLen) -> Layer {
+        self.set_quota(quota);
         self
+    }
+
+    /// As [`Layer::with_quota`], of a layer in use.
+    pub fn set_quota(&self, quota: ByteLen) {
+        self.quota_pages.store(quota.0 / PAGE_SIZE, Ordering::Relaxed);
+    }
+
+    /// Ends the writes to this layer: those under way are done, then `swap` runs, and who comes after it is told [`DeltaError::Sealed`]. Waits for writers alone, never for the disk:
+    /// what is not durable yet is made so by [`Layer::settle`].
+    pub fn seal(&self, swap: impl FnOnce()) {
+        let mut sealed = self.gate.write();
+        *sealed = true;
+        // Before the gate opens: who is sent away by it must find the next layer.
+        swap();
+    }
+
+    /// Makes all of a sealed layer durable: nothing of it is anywhere but in its log and its data then. What its tails say is in there too, and nobody reads them.
+    pub fn settle(&self) -> Result<(), DeltaError> {
+        if self.settled.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        debug_assert!(*self.gate.read(), "only a sealed layer comes to an end");
+        self.flush()?;
+        self.settled.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// The layer's own id.
+    pub fn id(&self) -> LayerId {
+        self.id
     }
 
     /// Lets tails be given up when they are longer than `len` instead of 4 MiB.
@@ -285,6 +387,11 @@ impl Layer {
     /// Pages that have a slot.
     pub fn data_pages(&self) -> u64 {
         self.shared.read().pages.data_pages()
+    }
+
+    /// Whether it says nothing of any page.
+    pub fn is_empty(&self) -> bool {
+        self.shared.read().pages.records().next().is_none()
     }
 
     /// A snapshot of everything the layer holds, for those who walk all of it.
@@ -327,7 +434,10 @@ impl Layer {
     /// Does small writes that came together, in their order, for less than each by itself costs. Else as [`Layer::write`].
     pub fn write_together(&self, writes: &[PageWrite<'_>]) -> Result<(), DeltaError> {
         self.check_writable()?;
-        let _gate = self.gate.read();
+        let gate = self.gate.read();
+        if *gate {
+            return Err(DeltaError::Sealed);
+        }
         let mut parts: SmallVec<[Part<'_>; 4]> = SmallVec::new();
         let mut filled = 0;
         let written = self.place_all(writes, &mut parts).and_then(|()| self.fill(&parts, &mut filled));
@@ -411,9 +521,10 @@ impl Layer {
             }
             (alike, false)
         } else {
-            let left = self.quota_pages.saturating_sub(taken + added);
+            let quota_pages = self.quota_pages.load(Ordering::Relaxed);
+            let left = quota_pages.saturating_sub(taken + added);
             if left == 0 {
-                return Err(DeltaError::Quota(ByteLen(self.quota_pages * PAGE_SIZE)));
+                return Err(DeltaError::Quota(ByteLen(quota_pages * PAGE_SIZE)));
             }
             (left.min(u64::from(run)) as u32, true)
         };
@@ -427,6 +538,9 @@ impl Layer {
         debug_assert!(!matches!(state.kind(), PageKind::Data(_)));
         self.check_writable()?;
         let gate = self.gate.read();
+        if *gate {
+            return Err(DeltaError::Sealed);
+        }
         let (mut done, mut is_said) = (0, true);
         while done < pages {
             let len = (pages - done).min(u64::from(u32::MAX)) as u32;
@@ -457,6 +571,10 @@ impl Layer {
 
     /// Makes durable all that was written before the call. One commit serves every caller that came before its capture.
     pub fn flush(&self) -> Result<(), DeltaError> {
+        if self.settled.load(Ordering::Acquire) {
+            // Somebody's view is older than that: others may share the files, and nothing may change in them.
+            return Ok(());
+        }
         let ticket = self.tickets.fetch_add(1, Ordering::SeqCst);
         let mut journal = self.journal.lock();
         self.check_poison()?;
@@ -596,7 +714,7 @@ impl Layer {
         }
     }
 
-    fn check_poison(&self) -> Result<(), DeltaError> {
+    pub(super) fn check_poison(&self) -> Result<(), DeltaError> {
         match self.poisoned.get() {
             Some(reason) => Err(DeltaError::Poisoned(reason.clone())),
             None => Ok(()),
@@ -696,25 +814,29 @@ fn takes(slots: &mut Slots, record: &Record, file_slots: u64) -> bool {
     u64::from(slot.0) + u64::from(record.pages) <= file_slots && slots.adopt(slot, record.pages)
 }
 
-fn device_pages(identity: &Identity) -> u64 {
-    identity.device_size.0.div_ceil(PAGE_SIZE)
+fn device_pages(device_size: ByteLen) -> u64 {
+    device_size.0.div_ceil(PAGE_SIZE)
 }
 
-fn check_identity(
+fn check_binding(
     header: &MapHeader,
-    identity: &Identity,
+    binding: &Binding,
     data_id: LayerId,
     dir: &dyn Dir,
 ) -> Result<(), DeltaError> {
     let path = dir.describe(MAP_FILE);
-    if header.base != identity.base {
-        return Err(DeltaError::WrongBase { path, expected: identity.base, found: header.base });
-    }
     let foreign = |path, field| Err(DeltaError::Foreign { path, field });
-    if header.volume != identity.volume {
-        return foreign(path, "volume id");
+    match binding {
+        Binding::Made(Identity { base, .. }) if header.base != *base => {
+            return Err(DeltaError::WrongBase { path, expected: *base, found: header.base });
+        }
+        Binding::Made(Identity { volume, .. }) if header.volume != *volume => {
+            return foreign(path, "volume id");
+        }
+        Binding::Named(id, _) if header.layer != *id => return foreign(path, "layer id"),
+        _ => {}
     }
-    if header.device_size != identity.device_size {
+    if header.device_size != binding.device_size() {
         return foreign(path, "device size");
     }
     if header.layer != data_id {

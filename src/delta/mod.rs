@@ -16,5 +16,6 @@ mod tail;
 
 pub use crate::format::delta::{LayerId, Slot, VolumeId};
 pub use error::DeltaError;
-pub use layer::{DATA_FILE, Identity, Layer, PageWrite, Pin};
+pub use layer::{Binding, DATA_FILE, Identity, Layer, PageWrite, Pin};
+pub use log::MAP_FILE;
 pub use stack::{Delta, Run, Source};

@@ -10,6 +10,9 @@ use crate::units::{PAGE_SIZE, PageIndex};
 use super::error::DeltaError;
 use super::layer::{Layer, PageWrite, Pin};
 
+/// Pages with bytes that are told of as one change: who looks for changes is not kept by a disk that was written all over.
+const MOST_CHANGED: u64 = 1 << 14;
+
 /// Where the pages of a run are.
 #[derive(Clone, Debug)]
 pub enum Source {
@@ -51,8 +54,48 @@ impl Delta {
         Delta { layers }
     }
 
-    fn top(&self) -> &Layer {
+    fn top(&self) -> &Arc<Layer> {
         self.layers.last().expect("never empty")
+    }
+
+    /// The layers, lowest first.
+    pub fn layers(&self) -> &[Arc<Layer>] {
+        &self.layers
+    }
+
+    /// The same with one more on top.
+    pub fn with_top(&self, top: Arc<Layer>) -> Delta {
+        Delta { layers: self.layers.iter().cloned().chain([top]).collect() }
+    }
+
+    /// Ends the writes to the top layer; see [`Layer::seal`].
+    pub fn seal_top(&self, swap: impl FnOnce()) {
+        self.top().seal(swap);
+    }
+
+    /// The first pages at or after `at` of which a layer says anything, and whether they are all zeros; neighbours that are alike are one run, but for a bound on those with bytes. `None`: there are none before `end`.
+    pub fn next_change(&self, at: PageIndex, end: PageIndex) -> Option<(PageIndex, u64, bool)> {
+        let mut found: Option<(PageIndex, u64, bool)> = None;
+        let mut at = at;
+        while at < end {
+            let run = self.run(at, end.0 - at.0);
+            at.0 += run.pages;
+            let is_zero = match run.source {
+                Source::Base if found.is_some() => break,
+                Source::Base => continue,
+                Source::Zero => true,
+                Source::Data { .. } => false,
+            };
+            match &mut found {
+                None => found = Some((run.first, run.pages, is_zero)),
+                Some((_, pages, zero)) if *zero == is_zero => *pages += run.pages,
+                Some(_) => break,
+            }
+            if found.is_some_and(|(_, pages, zero)| !zero && pages >= MOST_CHANGED) {
+                break;
+            }
+        }
+        found
     }
 
     /// The run that starts at `at`, at most `limit` pages of it (at least 1). Runs may be told in pieces.
@@ -95,22 +138,34 @@ impl Delta {
 
     /// Writes whole pages; see [`Layer::write`].
     pub fn write(&self, first: PageIndex, bytes: &[u8]) -> Result<(), DeltaError> {
+        self.check_sealed()?;
         self.top().write(first, bytes)
+    }
+
+    /// Refuses writes where a layer below can't be made durable any more: no FLUSH would ever do well again.
+    fn check_sealed(&self) -> Result<(), DeltaError> {
+        let (_, sealed) = self.layers.split_last().expect("never empty");
+        sealed.iter().try_for_each(|layer| layer.check_poison())
     }
 
     /// Does writes that came together; see [`Layer::write_together`].
     pub fn write_together(&self, writes: &[PageWrite<'_>]) -> Result<(), DeltaError> {
+        self.check_sealed()?;
         self.top().write_together(writes)
     }
 
     /// Makes whole pages zero, at a cost by extents.
     pub fn zero(&self, first: PageIndex, pages: u64) -> Result<(), DeltaError> {
+        self.check_sealed()?;
         self.top().set(first, pages, PageState::ZERO)
     }
 
     /// Makes durable all that was written before the call.
     pub fn flush(&self) -> Result<(), DeltaError> {
-        self.top().flush()
+        let (top, sealed) = self.layers.split_last().expect("never empty");
+        // From the bottom up. One that was sealed a moment ago may have what nobody flushed yet.
+        sealed.iter().try_for_each(|layer| layer.settle())?;
+        top.flush()
     }
 
     /// Whether a commit should be made though nobody asked.
@@ -120,12 +175,12 @@ impl Delta {
 
     /// Whether anything waits for a flush.
     pub fn has_pending(&self) -> bool {
-        self.top().has_pending()
+        self.layers.iter().any(|layer| layer.has_pending())
     }
 
     /// Whether no page was ever written or zeroed.
     pub fn is_empty(&self) -> bool {
-        self.layers.iter().all(|layer| layer.snapshot().records().next().is_none())
+        self.layers.iter().all(|layer| layer.is_empty())
     }
 
     /// Pages that take space, over all layers.

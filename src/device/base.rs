@@ -158,6 +158,12 @@ impl Base {
         Base { ahead, ..self }
     }
 
+    /// Another commit, read through the same cache in the same way, and counted on.
+    pub fn of_version(&self, version: Version) -> Base {
+        let base = Base::new(version, self.cache.clone()).reading_ahead();
+        Base { brought: self.brought.clone(), ..base }
+    }
+
     /// The commit.
     pub fn version(&self) -> &Version {
         &self.version

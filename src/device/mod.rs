@@ -15,10 +15,14 @@ mod read;
 mod status;
 mod stripes;
 mod touched;
+mod view;
 mod write;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 
 use crate::delta::Delta;
 use crate::units::{ByteLen, ByteRange};
@@ -29,6 +33,7 @@ pub use fence::Fence;
 pub use read::Piece;
 pub use status::{Allocation, Dirty, Extent};
 use stripes::Stripes;
+pub use view::View;
 
 /// So many writes that came together need no memory of their own.
 pub const TOGETHER: usize = 64;
@@ -44,9 +49,10 @@ pub enum Now {
 
 /// A disk. Requests may come from any number of threads at once.
 pub struct Device {
-    base: Arc<Base>,
-    /// `None` where there are no writes and never will be.
-    delta: Option<Delta>,
+    /// What it reads through now. A request loads it once and keeps to it; a seal or a new base puts another one in its place.
+    view: ArcSwap<View>,
+    /// Held by who puts another view in its place.
+    changing: Mutex<()>,
     read_only: bool,
     size: ByteLen,
     stripes: Stripes,
@@ -57,10 +63,14 @@ pub struct Device {
 impl Device {
     /// A device of `size` bytes: `base`, and where that ends zeros, under `delta`. Without a delta it can't be written to.
     pub fn new(base: Base, delta: Option<Delta>, size: ByteLen) -> Device {
+        Device::over(Arc::new(base), delta, size)
+    }
+
+    fn over(base: Arc<Base>, delta: Option<Delta>, size: ByteLen) -> Device {
         let read_only = delta.is_none();
         Device {
-            base: Arc::new(base),
-            delta,
+            view: ArcSwap::from_pointee(View::new(base, delta)),
+            changing: Mutex::new(()),
             read_only,
             size,
             stripes: Stripes::new(),
@@ -83,14 +93,19 @@ impl Device {
         self.read_only
     }
 
-    /// Its own writes.
-    pub fn delta(&self) -> Option<&Delta> {
-        self.delta.as_ref()
+    /// What it reads through at the moment.
+    pub fn view(&self) -> Arc<View> {
+        self.view.load_full()
     }
 
-    /// What it stands on.
-    pub fn base(&self) -> &Arc<Base> {
-        &self.base
+    /// What it stands on at the moment.
+    pub fn base(&self) -> Arc<Base> {
+        self.view.load().base().clone()
+    }
+
+    /// Its own writes, at the moment; `None` where there are none and never will be.
+    pub fn delta(&self) -> Option<Arc<Delta>> {
+        self.view.load().delta().cloned()
     }
 
     fn check(&self, range: ByteRange) -> Result<(), DeviceError> {
@@ -102,7 +117,8 @@ impl Device {
 
     /// Makes durable everything acknowledged before the call. Blocks on the disk.
     pub fn flush(&self) -> Result<(), DeviceError> {
-        match &self.delta {
+        // The newest: it has all layers that were ever written to and are not in a commit.
+        match self.delta() {
             Some(delta) => Ok(delta.flush()?),
             None => Ok(()),
         }
@@ -111,7 +127,8 @@ impl Device {
     /// Whether so much has gathered that a flush should be made though nobody asked. `true` once, until [`Device::commit_unasked`] has run.
     #[inline]
     pub fn claim_unasked_commit(&self) -> bool {
-        self.delta.as_ref().is_some_and(Delta::wants_commit) && !self.committing.swap(true, Ordering::AcqRel)
+        self.view.load().delta().is_some_and(|delta| delta.wants_commit())
+            && !self.committing.swap(true, Ordering::AcqRel)
     }
 
     /// The flush that [`Device::claim_unasked_commit`] called for. Blocks on the disk.

@@ -13,7 +13,7 @@ use crate::delta::{Run, Source};
 use crate::units::{ByteLen, ByteOffset, ByteRange, ChunkIndex, PAGE_SIZE};
 
 use super::base::{Fetched, Here};
-use super::{Device, DeviceError, Now};
+use super::{Device, DeviceError, Now, View};
 
 /// A part of what was read.
 #[derive(Clone, Debug)]
@@ -67,7 +67,7 @@ impl Device {
         self.check(range)?;
         let before = pieces.len();
         let mut lacking = Lacking::default();
-        match self.pass(range, &[], false, pieces, &mut lacking) {
+        match self.view.load().pass(range, &[], false, pieces, &mut lacking) {
             Ok(()) if lacking.is_none() => Ok(Now::Done),
             other => {
                 pieces.truncate(before);
@@ -79,6 +79,8 @@ impl Device {
     /// The pieces of `range`, waiting for whatever is not here.
     pub async fn read(self: &Arc<Self>, range: ByteRange) -> Result<Vec<Piece>, DeviceError> {
         self.check(range)?;
+        // One view to the end: what is fetched for one base is not mixed with another.
+        let view = self.view();
         let mut pieces = Vec::new();
         let mut fetched = Fetched::new();
         // Two rounds as a rule. A page can turn from data to something else meanwhile, never back to base, so each round that lacks a chunk
@@ -86,21 +88,21 @@ impl Device {
         loop {
             pieces.clear();
             let mut lacking = Lacking::default();
-            self.pass(range, &fetched, false, &mut pieces, &mut lacking)?;
+            view.pass(range, &fetched, false, &mut pieces, &mut lacking)?;
             if lacking.is_none() {
                 return Ok(pieces);
             }
             if !lacking.chunks.is_empty() || !lacking.asleep.is_empty() {
-                self.base.fetch(&lacking.chunks, &mut fetched).await?;
-                self.base.wake(lacking.asleep, &mut fetched).await?;
+                view.base().fetch(&lacking.chunks, &mut fetched).await?;
+                view.base().wake(lacking.asleep, &mut fetched).await?;
                 fetched.sort_unstable_by_key(|(index, _)| *index);
                 continue;
             }
             // Only pages of the delta are not in memory: the rest is held.
-            let device = self.clone();
+            let held = view.clone();
             let work = move || {
                 let (mut pieces, mut lacking) = (Vec::new(), Lacking::default());
-                device.pass(range, &fetched, true, &mut pieces, &mut lacking)?;
+                held.pass(range, &fetched, true, &mut pieces, &mut lacking)?;
                 Ok::<_, DeviceError>((pieces, lacking, fetched))
             };
             let (found, lacking, kept) =
@@ -115,17 +117,20 @@ impl Device {
     /// Brings what a range of the commit holds into the cache, where the delta does not hide it.
     pub async fn prefetch(self: &Arc<Self>, range: ByteRange) -> Result<(), DeviceError> {
         self.check(range)?;
+        let view = self.view();
         let mut at = range.start;
         while at < range.end {
-            let (run, end) = self.run_at(at, range.end);
+            let (run, end) = view.run_at(at, range.end);
             if run.is_none_or(|run| matches!(run.source, Source::Base)) {
-                self.base.prefetch(ByteRange { start: at, end }).await?;
+                view.base().prefetch(ByteRange { start: at, end }).await?;
             }
             at = end;
         }
         Ok(())
     }
+}
 
+impl View {
     /// Goes over `range` once; appends pieces as long as nothing lacks, and notes all that does.
     #[inline]
     fn pass(
@@ -164,7 +169,7 @@ impl Device {
     /// The delta's run at `at` (none on a read-only device) and where it ends, at most `limit`.
     #[inline]
     pub(super) fn run_at(&self, at: ByteOffset, limit: ByteOffset) -> (Option<Run>, ByteOffset) {
-        let Some(delta) = &self.delta else { return (None, limit) };
+        let Some(delta) = self.delta() else { return (None, limit) };
         let first = at.page();
         let run = delta.run(first, limit.0.div_ceil(PAGE_SIZE) - first.0);
         let end = ByteOffset(((first.0 + run.pages) * PAGE_SIZE).min(limit.0));
@@ -179,7 +184,7 @@ impl Device {
         pieces: &mut Vec<Piece>,
         lacking: &mut Lacking,
     ) -> Result<(), DeviceError> {
-        let delta = self.delta.as_ref().expect("the runs are of this delta");
+        let delta = self.delta().expect("the runs are of this delta");
         let runs = std::mem::take(data);
         if !lacking.is_none() {
             // There will be another pass.
@@ -212,8 +217,9 @@ impl Device {
     ) {
         let mut at = range.start;
         while at < range.end {
-            let (index, chunk_start) = self.base.chunk_at(at);
-            let chunk_end = ByteOffset(chunk_start.0 + self.base.chunk_len());
+            let base = self.base();
+            let (index, chunk_start) = base.chunk_at(at);
+            let chunk_end = ByteOffset(chunk_start.0 + base.chunk_len());
             let end = chunk_end.min(range.end);
             let part = (at.0 - chunk_start.0) as usize..(end.0 - chunk_start.0) as usize;
             let known = fetched.binary_search_by_key(&index, |(index, _)| *index);
@@ -222,15 +228,15 @@ impl Device {
                     Some(chunk) => Here::Chunk(chunk.clone()),
                     None => Here::Zero,
                 },
-                Err(_) => self.base.here(index),
+                Err(_) => base.here(index),
             };
             match here {
                 Here::Zero => push_zero(pieces, end.0 - at.0),
                 Here::Away => lacking.chunks.push(index),
-                Here::Chunk(_) if known.is_err() && self.base.is_mark(index) => lacking.chunks.push(index),
+                Here::Chunk(_) if known.is_err() && base.is_mark(index) => lacking.chunks.push(index),
                 // What was waited for counts as in memory: asking again could go on for ever on a host short of it.
                 Here::Chunk(chunk) if known.is_ok() || chunk.is_resident(part.clone()) => {
-                    self.base.note_use(index);
+                    base.note_use(index);
                     pieces.push(Piece::Chunk(chunk.slice(part)));
                 }
                 Here::Chunk(chunk) => lacking.asleep.push((index, chunk)),

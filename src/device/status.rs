@@ -9,7 +9,7 @@ use crate::delta::Source;
 use crate::format::ChunkLocation;
 use crate::units::{ByteLen, ByteOffset, ByteRange};
 
-use super::{Device, DeviceError};
+use super::{Device, DeviceError, View};
 
 /// Chunk tables one status request may load: 4 GiB of the device at the default block size.
 const MAX_TABLES: usize = 64;
@@ -76,12 +76,13 @@ impl Device {
     /// What the delta holds of `range`, in at most `most` extents.
     pub fn dirty(&self, range: ByteRange, most: usize) -> Result<Vec<Extent<Dirty>>, DeviceError> {
         self.check(range)?;
+        let view = self.view();
         let mut extents = Extents::new(most);
         let mut runs = 0;
         let mut at = range.start;
         while at < range.end && runs < MAX_RUNS {
             runs += 1;
-            let (run, end) = self.run_at(at, range.end);
+            let (run, end) = view.run_at(at, range.end);
             let state = match run.map(|run| run.source) {
                 None | Some(Source::Base) => Dirty::Clean,
                 Some(Source::Zero) => Dirty::Zero,
@@ -105,7 +106,7 @@ impl Device {
             Some(_) => Allocation::Data,
             None => Allocation::Hole,
         };
-        self.walk(range, most, Allocation::Data, Allocation::Hole, of_chunk).await
+        self.walk(&self.view(), range, most, Allocation::Data, Allocation::Hole, of_chunk).await
     }
 
     /// What of `range` can be read without the repository (`true`), in at most `most` extents.
@@ -114,12 +115,14 @@ impl Device {
         range: ByteRange,
         most: usize,
     ) -> Result<Vec<Extent<bool>>, DeviceError> {
-        let of_chunk = |chunk: Option<ChunkLocation>| chunk.is_none_or(|chunk| self.base.is_cached(&chunk));
-        self.walk(range, most, true, true, of_chunk).await
+        let view = self.view();
+        let of_chunk = |chunk: Option<ChunkLocation>| chunk.is_none_or(|chunk| view.base().is_cached(&chunk));
+        self.walk(&view, range, most, true, true, of_chunk).await
     }
 
     async fn walk<T: PartialEq + Copy>(
         self: &Arc<Self>,
+        view: &View,
         range: ByteRange,
         most: usize,
         delta_data: T,
@@ -134,14 +137,14 @@ impl Device {
         let mut at = range.start;
         'range: while at < range.end && runs < MAX_RUNS {
             runs += 1;
-            let (run, run_end) = self.run_at(at, range.end);
+            let (run, run_end) = view.run_at(at, range.end);
             match run.map_or(Source::Base, |run| run.source) {
                 Source::Data { .. } if !extents.push(run_end.0 - at.0, delta_data) => break,
                 Source::Zero if !extents.push(run_end.0 - at.0, zero) => break,
                 Source::Data { .. } | Source::Zero => at = run_end,
                 Source::Base => {
                     while at < run_end {
-                        let hole_end = self.base.hole_end(at).await?.min(run_end);
+                        let hole_end = view.base().hole_end(at).await?.min(run_end);
                         if hole_end > at {
                             if !extents.push(hole_end.0 - at.0, zero) {
                                 break 'range;
@@ -149,19 +152,19 @@ impl Device {
                             at = hole_end;
                             continue;
                         }
-                        if self.base.block_end(at) != table_end {
+                        if view.base().block_end(at) != table_end {
                             if tables == MAX_TABLES {
                                 break 'range;
                             }
                             tables += 1;
-                            table_end = self.base.block_end(at);
+                            table_end = view.base().block_end(at);
                         }
-                        let table = self.base.table_at(at).await?;
-                        let block_end = self.base.block_end(at).min(run_end);
+                        let table = view.base().table_at(at).await?;
+                        let block_end = view.base().block_end(at).min(run_end);
                         while at < block_end {
-                            let (index, start) = self.base.chunk_at(at);
-                            let end = ByteOffset(start.0 + self.base.chunk_len()).min(block_end);
-                            let chunk = self.base.location(table.as_deref(), index);
+                            let (index, start) = view.base().chunk_at(at);
+                            let end = ByteOffset(start.0 + view.base().chunk_len()).min(block_end);
+                            let chunk = view.base().location(table.as_deref(), index);
                             if !extents.push(end.0 - at.0, of_chunk(chunk)) {
                                 break 'range;
                             }

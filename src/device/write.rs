@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use crate::delta::{Delta, PageWrite};
+use crate::delta::{Delta, DeltaError, PageWrite};
 use crate::units::{ByteLen, ByteOffset, ByteRange, PAGE_SIZE, PageIndex};
 
 use super::stripes::Stripes;
@@ -17,6 +17,8 @@ use super::{Device, DeviceError, Fence, Now, Piece, TOGETHER};
 const PAGE: usize = PAGE_SIZE as usize;
 /// Zeroes that must take space are written in pieces of this size.
 const ZERO_PIECE: u64 = 1 << 20;
+/// Seals that may come between a write's look at the layers and its turn. A seal takes fsyncs, a look a microsecond.
+const SEALS_AT_ONCE: usize = 64;
 
 /// What to put into a range.
 #[derive(Clone, Debug)]
@@ -73,12 +75,24 @@ impl Cut {
 type OldPages = Vec<[u8; PAGE]>;
 
 impl Device {
-    fn writable(&self, range: ByteRange) -> Result<&Delta, DeviceError> {
+    fn writable(&self, range: ByteRange) -> Result<(), DeviceError> {
         self.check(range)?;
-        match &self.delta {
-            Some(delta) if !self.read_only => Ok(delta),
-            _ => Err(DeviceError::ReadOnly),
+        if self.read_only { Err(DeviceError::ReadOnly) } else { Ok(()) }
+    }
+
+    /// Does something to the layer that takes the writes. Where that was sealed in this moment it is done to the next one: all of it, what was done already too.
+    #[inline]
+    fn on_top(&self, change: impl Fn(&Delta) -> Result<(), DeltaError>) -> Result<(), DeviceError> {
+        for _ in 0..SEALS_AT_ONCE {
+            let view = self.view.load();
+            let delta = view.delta().ok_or(DeviceError::ReadOnly)?;
+            match change(delta) {
+                // Whoever seals a layer puts the next one on before he lets anybody be told.
+                Err(DeltaError::Sealed) => {}
+                done => return Ok(done?),
+            }
         }
+        Err(DeltaError::Sealed.into())
     }
 
     /// Writes `bytes` at `at`, if nothing must be waited for. Blocks only as long as the kernel takes to buffer the bytes.
@@ -101,19 +115,18 @@ impl Device {
         fence: &Fence,
         writes: &[(ByteOffset, &[u8])],
     ) -> Result<SmallVec<[bool; TOGETHER]>, DeviceError> {
-        let mut delta = None;
         for (at, bytes) in writes {
             let range = byte_range(*at, bytes.len() as u64, self.size)?;
             debug_assert!(Device::may_go_together(range));
-            delta = Some(self.writable(range)?);
+            self.writable(range)?;
         }
         let (_held, each) = self.stripes.try_hold_each(writes.iter().map(|(at, _)| *at));
         let held = writes.iter().zip(&each).filter(|(_, is_held)| **is_held);
         let pages: SmallVec<[PageWrite<'_>; TOGETHER]> =
             held.map(|((at, bytes), _)| PageWrite { first: at.page(), bytes }).collect();
-        if let Some(delta) = delta.filter(|_| !pages.is_empty()) {
+        if !pages.is_empty() {
             let _passage = fence.enter().ok_or(DeviceError::Fenced)?;
-            delta.write_together(&pages)?;
+            self.on_top(|delta| delta.write_together(&pages))?;
         }
         Ok(each)
     }
@@ -160,7 +173,7 @@ impl Device {
     pub fn trim_now(&self, fence: &Fence, range: ByteRange) -> Result<Now, DeviceError> {
         match whole(range) {
             Some(pages) => self.change_now(fence, pages, &Content::Zero),
-            None => self.writable(range).map(|_| Now::Done),
+            None => self.writable(range).map(|()| Now::Done),
         }
     }
 
@@ -168,13 +181,13 @@ impl Device {
     pub async fn trim(self: &Arc<Self>, fence: &Fence, range: ByteRange) -> Result<(), DeviceError> {
         match whole(range) {
             Some(pages) => self.change(fence, pages, &Content::Zero).await,
-            None => self.writable(range).map(|_| ()),
+            None => self.writable(range),
         }
     }
 
     #[inline]
     fn change_now(&self, fence: &Fence, range: ByteRange, content: &Content<'_>) -> Result<Now, DeviceError> {
-        let delta = self.writable(range)?;
+        self.writable(range)?;
         if range.is_empty() {
             return Ok(Now::Done);
         }
@@ -188,7 +201,7 @@ impl Device {
                 Now::Wait => return Ok(Now::Wait),
             }
         }
-        apply(delta, fence, range, &cut, content, old)?;
+        self.apply(fence, range, &cut, content, old)?;
         Ok(Now::Done)
     }
 
@@ -198,7 +211,7 @@ impl Device {
         range: ByteRange,
         content: &Content<'_>,
     ) -> Result<(), DeviceError> {
-        let delta = self.writable(range)?;
+        self.writable(range)?;
         if range.is_empty() {
             return Ok(());
         }
@@ -209,7 +222,37 @@ impl Device {
             old.push(gather(&self.read(page_around(part, self.size)).await?));
         }
         // Into the page cache, as in the `now` form: it takes no longer than the kernel takes to buffer it.
-        apply(delta, fence, range, &cut, content, old)
+        self.apply(fence, range, &cut, content, old)
+    }
+
+    /// Puts the pages of a write into the delta; the caller holds their stripes.
+    #[inline]
+    fn apply(
+        &self,
+        fence: &Fence,
+        range: ByteRange,
+        cut: &Cut,
+        content: &Content<'_>,
+        mut pages: OldPages,
+    ) -> Result<(), DeviceError> {
+        let _passage = fence.enter().ok_or(DeviceError::Fenced)?;
+        let of = |part: ByteRange| content.part(part.start.0 - range.start.0, part.end.0 - range.start.0);
+        for (part, page) in cut.partial().zip(&mut pages) {
+            let first = (part.start.0 % PAGE_SIZE) as usize;
+            of(part).copy_into(&mut page[first..first + part.len().0 as usize]);
+        }
+        self.on_top(|delta| {
+            for (part, page) in cut.partial().zip(&pages) {
+                delta.write(part.start.page(), page)?;
+            }
+            if cut.whole.is_empty() {
+                return Ok(());
+            }
+            match of(cut.whole) {
+                Content::Bytes(bytes) => delta.write(cut.whole.start.page(), bytes),
+                Content::Zero => delta.zero(cut.whole.start.page(), cut.whole.len().0 / PAGE_SIZE),
+            }
+        })
     }
 }
 
@@ -245,30 +288,4 @@ fn gather(pieces: &[Piece]) -> [u8; PAGE] {
         at += len;
     }
     page
-}
-
-/// Puts the pages of a write into the delta; the caller holds their stripes.
-#[inline]
-fn apply(
-    delta: &Delta,
-    fence: &Fence,
-    range: ByteRange,
-    cut: &Cut,
-    content: &Content<'_>,
-    old: OldPages,
-) -> Result<(), DeviceError> {
-    let _passage = fence.enter().ok_or(DeviceError::Fenced)?;
-    let of = |part: ByteRange| content.part(part.start.0 - range.start.0, part.end.0 - range.start.0);
-    for (part, mut page) in cut.partial().zip(old) {
-        let first = (part.start.0 % PAGE_SIZE) as usize;
-        of(part).copy_into(&mut page[first..first + part.len().0 as usize]);
-        delta.write(part.start.page(), &page)?;
-    }
-    if !cut.whole.is_empty() {
-        match of(cut.whole) {
-            Content::Bytes(bytes) => delta.write(cut.whole.start.page(), bytes)?,
-            Content::Zero => delta.zero(cut.whole.start.page(), cut.whole.len().0 / PAGE_SIZE)?,
-        }
-    }
-    Ok(())
 }

@@ -275,6 +275,7 @@ fn size_ok(size: u64) -> bool {
 }
 
 /// Whether this can be a commit's author: no more than [`MAX_AUTHOR_BYTES`] of one line, without blanks around it.
+/// Whether this can be a commit's author.
 pub fn author_ok(author: &str) -> bool {
     !author.is_empty()
         && author.len() <= MAX_AUTHOR_BYTES

@@ -210,12 +210,13 @@ impl Host {
             Err(_) => return,
         };
         for (name, entry) in self.entries() {
-            let Some(record) = entry.now.read().record.clone() else { continue };
+            let Some(record) = entry.now.read().record() else { continue };
             let backend = backend_of(&record);
             // Two of one volume there can't be, but for somebody's hand: each is kept alive.
             for (index, _) in found.iter().filter(|(_, whose)| *whose == backend) {
                 tracing::info!(volume = %name, device = %device::path_of(*index).display(), "found attached");
                 self.keep(&name, &entry, &record, *index, Vec::new());
+                self.thaw_what_was_frozen(&record, *index);
             }
         }
     }

@@ -11,19 +11,30 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::{Host, HostError};
+use crate::repo::push::Pushing;
 use crate::units::ByteLen;
+use crate::volume::commit::Making;
 use crate::volume::pin::{self, Pinning};
 use crate::volume::{self, VolumeName, VolumeRecord};
 
 /// Jobs that ended are told of until so many more have.
 const REMEMBERED: usize = 64;
 
+/// Why a job failed that panicked.
+pub(super) const BROKE_OFF: &str = "it broke off; the log says why";
+
+pub(super) fn broke_off() -> JobState {
+    JobState::Failed(BROKE_OFF.to_owned())
+}
+
 /// A job as it is now.
 #[derive(Clone, Debug)]
 pub struct JobStatus {
     /// Its number, that no other job of this daemon has.
     pub id: u64,
-    /// The volume whose data is fetched to stay.
+    /// What it does.
+    pub kind: JobKind,
+    /// The volume it is about.
     pub volume: VolumeName,
     /// When it was begun.
     pub began: SystemTime,
@@ -35,6 +46,48 @@ pub struct JobStatus {
     pub total: ByteLen,
     /// Where it stands.
     pub state: JobState,
+    /// Why it failed, whole.
+    pub failure: Option<Arc<HostError>>,
+    /// What came of it, in a line.
+    pub said: Option<String>,
+}
+
+/// What a job does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobKind {
+    /// Fetches all of a volume, to stay.
+    Pin,
+    /// Makes what was sealed into commits.
+    Commit,
+    /// Brings commits to the repository.
+    Push,
+}
+
+/// How far a job is.
+#[derive(Clone, Debug)]
+pub(super) enum Progress {
+    Pin(Arc<Pinning>),
+    Commit(Arc<Making>),
+    Push(Arc<Pushing>),
+}
+
+impl Progress {
+    fn kind(&self) -> JobKind {
+        match self {
+            Progress::Pin(_) => JobKind::Pin,
+            Progress::Commit(_) => JobKind::Commit,
+            Progress::Push(_) => JobKind::Push,
+        }
+    }
+
+    /// What is done, and what there is to do as far as is known.
+    fn figures(&self) -> (ByteLen, ByteLen) {
+        match self {
+            Progress::Pin(pinning) => (pinning.done(), pinning.total()),
+            Progress::Commit(making) => (making.looked_at(), ByteLen(0)),
+            Progress::Push(pushing) => (pushing.sent(), pushing.total()),
+        }
+    }
 }
 
 /// Where a job stands.
@@ -53,8 +106,10 @@ pub enum JobState {
 struct Job {
     volume: VolumeName,
     began: (SystemTime, Instant),
-    progress: Arc<Pinning>,
+    progress: Progress,
     stop: CancellationToken,
+    failure: Option<Arc<HostError>>,
+    said: Option<String>,
     ended: Option<(JobState, Duration)>,
 }
 
@@ -73,34 +128,68 @@ struct Numbered {
 impl Job {
     fn status(&self, id: u64) -> JobStatus {
         let (state, took) = self.ended.clone().unwrap_or_else(|| (JobState::Running, self.began.1.elapsed()));
-        let (done, total) = (self.progress.done(), self.progress.total());
-        JobStatus { id, volume: self.volume.clone(), began: self.began.0, took, done, total, state }
+        let (done, total) = self.progress.figures();
+        let (kind, volume) = (self.progress.kind(), self.volume.clone());
+        let (failure, said) = (self.failure.clone(), self.said.clone());
+        JobStatus { id, kind, volume, began: self.began.0, took, done, total, state, failure, said }
     }
 }
 
 impl Jobs {
-    /// The running job of a volume, or a new one; `None` beside the status of one that ran already.
-    fn begin(&self, volume: &VolumeName, stop: CancellationToken) -> (JobStatus, Option<Arc<Pinning>>) {
+    /// The running job of a volume and a kind, or a new one; whether it is new.
+    pub(super) fn begin(
+        &self,
+        volume: &VolumeName,
+        progress: Progress,
+        stop: CancellationToken,
+    ) -> (JobStatus, bool) {
         let mut all = self.all.lock();
-        let runs = |(_, job): &(&u64, &Job)| job.volume == *volume && job.ended.is_none();
+        let runs = |(_, job): &(&u64, &Job)| {
+            job.volume == *volume && job.progress.kind() == progress.kind() && job.ended.is_none()
+        };
         if let Some((id, job)) = all.jobs.iter().find(runs) {
-            return (job.status(*id), None);
+            return (job.status(*id), false);
         }
         all.last += 1;
-        let (id, progress) = (all.last, Arc::<Pinning>::default());
-        let job = Job {
-            volume: volume.clone(),
-            began: (SystemTime::now(), Instant::now()),
-            progress: progress.clone(),
-            stop,
-            ended: None,
-        };
+        let (id, began) = (all.last, (SystemTime::now(), Instant::now()));
+        let (failure, said) = (None, None);
+        let job = Job { volume: volume.clone(), began, progress, stop, failure, said, ended: None };
         let status = job.status(id);
         all.jobs.insert(id, job);
-        (status, Some(progress))
+        (status, true)
     }
 
-    fn end(&self, id: u64, state: JobState) {
+    /// Ends a job by what came of it.
+    pub(super) fn end_with(&self, id: u64, ended: Result<String, HostError>) {
+        let state = {
+            let mut all = self.all.lock();
+            let Some(job) = all.jobs.get_mut(&id) else { return };
+            match ended {
+                Ok(said) => {
+                    job.said = Some(said);
+                    JobState::Done
+                }
+                Err(HostError::Stopping) => JobState::Cancelled,
+                Err(error) => {
+                    let told = error.to_string();
+                    job.failure = Some(Arc::new(error));
+                    JobState::Failed(told)
+                }
+            }
+        };
+        self.end(id, state);
+    }
+
+    /// Has the running jobs of a volume end.
+    pub(super) fn stop_all_of(&self, volume: &VolumeName) {
+        let all = self.all.lock();
+        all.jobs
+            .values()
+            .filter(|job| job.volume == *volume && job.ended.is_none())
+            .for_each(|job| job.stop.cancel());
+    }
+
+    pub(super) fn end(&self, id: u64, state: JobState) {
         let mut all = self.all.lock();
         if let Some(job) = all.jobs.get_mut(&id) {
             job.ended = Some((state, job.began.1.elapsed()));
@@ -112,10 +201,11 @@ impl Jobs {
         }
     }
 
-    /// Volumes that have a job running.
-    pub(super) fn running(&self) -> Vec<VolumeName> {
+    /// Volumes that are being pinned.
+    pub(super) fn being_pinned(&self) -> Vec<VolumeName> {
         let all = self.all.lock();
-        all.jobs.values().filter(|job| job.ended.is_none()).map(|job| job.volume.clone()).collect()
+        let pins = |job: &&Job| job.ended.is_none() && job.progress.kind() == JobKind::Pin;
+        all.jobs.values().filter(pins).map(|job| job.volume.clone()).collect()
     }
 }
 
@@ -148,12 +238,15 @@ impl Host {
             return Err(HostError::Stopping);
         };
         let stop = self.stop.child_token();
-        let (status, progress) = {
+        let progress = Arc::<Pinning>::default();
+        let (status, is_new) = {
             // What is kept is not looked through in this moment.
             let _keeping = self.keeping.lock().await;
-            self.jobs.begin(name, stop.clone())
+            self.jobs.begin(name, Progress::Pin(progress.clone()), stop.clone())
         };
-        let Some(progress) = progress else { return Ok(status) };
+        if !is_new {
+            return Ok(status);
+        }
         let (host, id, name) = (self.clone(), status.id, name.clone());
         let cache = self.cache.clone();
         let pinning = tokio::spawn(async move {
@@ -167,9 +260,7 @@ impl Host {
         });
         tokio::spawn(async move {
             // The volume is let go by then: who hears of the end may take it away.
-            let ended = pinning
-                .await
-                .unwrap_or_else(|_| JobState::Failed("it broke off; the log says why".to_owned()));
+            let ended = pinning.await.unwrap_or_else(|_| broke_off());
             match &ended {
                 JobState::Failed(error) => tracing::warn!(job = id, volume = %name, error, "not pinned"),
                 ended => tracing::info!(job = id, volume = %name, ?ended, "pinning ended"),
@@ -201,7 +292,12 @@ impl Host {
             self.jobs().into_iter().find(|job| job.state == JobState::Running && job.volume == *name);
         match running {
             Some(job) => {
-                let by = format!("job {} fetches all of it", job.id);
+                let what = match job.kind {
+                    JobKind::Pin => "fetches all of it",
+                    JobKind::Commit => "makes a commit of it",
+                    JobKind::Push => "pushes it",
+                };
+                let by = format!("job {} {what}", job.id);
                 Err(HostError::InUse { volume: name.to_string(), by })
             }
             None => Ok(()),
@@ -218,7 +314,7 @@ impl Host {
 
     /// The same, of who has `keeping`. Blocks on files.
     pub(super) fn keep_what_is_pinned_now(&self) {
-        let being_pinned = self.jobs.running();
+        let being_pinned = self.jobs.being_pinned();
         let is_to_stay = |(name, _): &(VolumeName, VolumeRecord)| {
             pin::is_pinned(&self.state.volume_dir(name.as_str())) || being_pinned.contains(name)
         };

@@ -4,30 +4,39 @@
 //! thing is done at a time; what is asked about volumes is answered from this host alone, and never waits for a repository or another request.
 
 mod attach;
+mod commit;
 mod error;
+mod history;
 mod jobs;
 mod mount;
+mod push;
 mod repositories;
+mod snapshot;
 mod status;
+mod still;
+mod travel;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use parking_lot::{Mutex, RwLock};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+pub use commit::NewCommit;
 pub use error::HostError;
+pub use history::{LogEntry, VersionStatus};
 use jobs::Jobs;
-pub use jobs::{JobState, JobStatus};
+pub use jobs::{JobKind, JobState, JobStatus};
 use repositories::Repositories;
 pub use status::{OpenStatus, RepositoryFigures, SinceOpen, VolumeFigures, VolumeStatus};
+pub use travel::Pulled;
 
 use crate::cache::Cache;
 use crate::nbd::{Connector, Dormant, Export, Exports};
-use crate::repo::MetaCache;
+use crate::repo::{BranchName, MetaCache};
 use crate::store;
 use crate::units::ByteLen;
 use crate::volume::{self, NewVolume, StateDir, Volume, VolumeError, VolumeName, VolumeRecord};
@@ -36,6 +45,9 @@ use crate::volume::{self, NewVolume, StateDir, Volume, VolumeError, VolumeName, 
 const GRACE: Duration = Duration::from_secs(10);
 /// How long a prefetch has to keep its list when its volume is closed.
 const LAST_ACT: Duration = Duration::from_secs(5);
+/// How long others who looked at a volume have to let go of it, and how often that is tried.
+const OTHERS_END: Duration = Duration::from_secs(5);
+const OTHERS_LOOK: Duration = Duration::from_millis(5);
 /// Names in a message: enough to see a typing error, few enough for one line.
 const MOST_NAMES: usize = 8;
 
@@ -60,6 +72,8 @@ pub struct Host {
     /// Taken before any entry's `now`.
     volumes: Mutex<BTreeMap<VolumeName, Arc<Entry>>>,
     jobs: Jobs,
+    /// Shared by who makes a volume. Had alone by who takes away what was made here for volumes that are gone.
+    coming: tokio::sync::RwLock<()>,
     /// Held by who counts what is cached of a volume.
     counting: tokio::sync::Mutex<()>,
     /// Held by who changes what the cache keeps for good, or begins a job that will.
@@ -72,6 +86,12 @@ pub struct Host {
 /// One volume.
 #[derive(Default)]
 struct Entry {
+    /// Held by who changes what its commits, layers and snapshots are. Taken before `mounting`.
+    versioning: tokio::sync::Mutex<()>,
+    /// Commits in the making.
+    making: commit::Makers,
+    /// The branch that a push was asked to move, the last one; `None` is the volume's own.
+    pushing_to: Mutex<Option<BranchName>>,
     /// Held by who makes, opens or takes away this volume, for as long as that takes.
     turn: tokio::sync::Mutex<()>,
     /// Held by who mounts or unmounts it. Taken before `turn`.
@@ -85,10 +105,20 @@ struct Entry {
 /// What is known of a volume at the moment.
 #[derive(Default)]
 struct Now {
-    /// `None`: it is not there yet, or not any more.
+    /// `None`: it is not there yet, or not any more. While it is open, its own record counts; see [`Now::record`].
     record: Option<VolumeRecord>,
     open: Option<OpenVolume>,
     attached: Option<attach::Attached>,
+}
+
+impl Now {
+    /// What the volume is: of one that is open, what it says itself.
+    fn record(&self) -> Option<VolumeRecord> {
+        match &self.open {
+            Some(open) => Some(open.volume.record()),
+            None => self.record.clone(),
+        }
+    }
 }
 
 struct OpenVolume {
@@ -125,6 +155,7 @@ impl Host {
             exports: Arc::new(Exports::waking(Arc::new(Sleepers(host.clone())))),
             volumes: Mutex::new(volumes),
             jobs: Jobs::default(),
+            coming: tokio::sync::RwLock::default(),
             counting: tokio::sync::Mutex::default(),
             keeping: tokio::sync::Mutex::default(),
             connector: OnceLock::new(),
@@ -185,7 +216,7 @@ impl Host {
     }
 
     async fn create_in_turn(&self, new: &NewVolume, entry: &Entry) -> Result<bool, HostError> {
-        let recorded = entry.now.read().record.clone();
+        let recorded = entry.now.read().record();
         let mut new = new.clone();
         new.access = new.access.iter().map(|url| store::url::lasting(url)).collect::<Result<_, _>>()?;
         if let Some(record) = recorded {
@@ -196,6 +227,7 @@ impl Host {
             return Err(HostError::Stopping);
         }
         let repository = self.repositories.open(&new.access).await?;
+        let _coming = self.coming.read().await;
         let meta: Arc<dyn MetaCache> = self.cache.clone();
         let record = new.create(&self.state, &repository, &meta).await?;
         tracing::info!(volume = %new.name, image = %new.image, commit = %record.commit, "made");
@@ -203,11 +235,41 @@ impl Host {
         Ok(true)
     }
 
-    /// Takes a volume away, with its writes. Nobody may use it.
-    pub async fn remove(self: &Arc<Self>, name: &VolumeName) -> Result<(), HostError> {
+    /// Takes a volume away, with its writes. Nobody may use it. Commits that are nowhere else are lost with `force` alone.
+    pub async fn remove(self: &Arc<Self>, name: &VolumeName, force: bool) -> Result<(), HostError> {
         let entry = self.entry(name)?;
+        let versioning = entry.versioning.lock().await;
+        if force {
+            self.end_jobs_of(name).await;
+        }
         let turn = entry.turn.lock().await;
         let record = self.record(name, &entry)?;
+        self.refuse_in_use(name, &entry)?;
+        if record.has_unpushed() && !force {
+            return Err(HostError::Unpushed { volume: name.to_string(), action: "taking it away" });
+        }
+        self.refuse_with_a_job(name)?;
+        self.close_in_turn(name, &entry).await?;
+        let (state, removed) = (self.state.clone(), name.clone());
+        let removing = move || {
+            let was_pinned = volume::pin::is_pinned(&state.volume_dir(removed.as_str()));
+            volume::remove(&state, &removed).map(|_| was_pinned)
+        };
+        let was_pinned = once_let_go(removing).await?;
+        entry.now.write().record = None;
+        drop((turn, versioning));
+        self.forget_what_is_not_there(entry);
+        tracing::info!(volume = %name, "taken away");
+        if was_pinned {
+            self.keep_what_is_pinned().await;
+        }
+        self.forget_what_was_made_for(&record).await;
+        self.free_what_is_left_of(&record).await;
+        Ok(())
+    }
+
+    /// Refuses where a volume is a device, or has clients.
+    fn refuse_in_use(&self, name: &VolumeName, entry: &Entry) -> Result<(), HostError> {
         if let Some(attached) = &entry.now.read().attached {
             let by = format!("it is attached as {}", attached.device().display());
             return Err(HostError::InUse { volume: name.to_string(), by });
@@ -217,29 +279,13 @@ impl Host {
             let by = format!("{clients} NBD connection{}", if clients == 1 { "" } else { "s" });
             return Err(HostError::InUse { volume: name.to_string(), by });
         }
-        self.refuse_with_a_job(name)?;
-        self.close_in_turn(name, &entry).await?;
-        let (state, removed) = (self.state.clone(), name.clone());
-        let removing = move || {
-            let was_pinned = volume::pin::is_pinned(&state.volume_dir(removed.as_str()));
-            volume::remove(&state, &removed).map(|_| was_pinned)
-        };
-        let was_pinned = tokio::task::spawn_blocking(removing).await.map_err(|_| HostError::Stopping)??;
-        entry.now.write().record = None;
-        drop(turn);
-        self.forget_what_is_not_there(entry);
-        tracing::info!(volume = %name, "taken away");
-        if was_pinned {
-            self.keep_what_is_pinned().await;
-        }
-        self.free_what_is_left_of(&record).await;
         Ok(())
     }
 
     /// What every volume is, by its name.
     fn records(&self) -> Vec<(VolumeName, VolumeRecord)> {
         let with_record = |(name, entry): (VolumeName, Arc<Entry>)| {
-            let record = entry.now.read().record.clone();
+            let record = entry.now.read().record();
             record.map(|record| (name, record))
         };
         self.entries().into_iter().filter_map(with_record).collect()
@@ -285,8 +331,7 @@ impl Host {
         let id = record.repository_id().unwrap_or_default();
         let repository = self.repositories.opened_before(&record.access, id)?;
         let (prefetch, read_only) = (record.prefetch, record.read_only);
-        let volume =
-            Volume::open(&self.state, &self.cache, &repository, name.as_str(), record, read_only).await?;
+        let volume = Volume::open(&self.state, &self.cache, &repository, name.as_str(), read_only).await?;
         let volume = Arc::new(volume);
         let export =
             Arc::new(Export::new(name.to_string(), volume.record().describe(), volume.device().clone()));
@@ -295,13 +340,20 @@ impl Host {
         let prefetch = volume.clone().prefetch(prefetch, self.options.prefetch_rate, stop.clone());
         let prefetch = tokio::spawn(prefetch);
         tracing::info!(volume = %name, commit = %volume.record().commit, "open");
-        entry.now.write().open = Some(OpenVolume { volume, export: export.clone(), stop, prefetch });
+        let mut now = entry.now.write();
+        now.record = Some(volume.record());
+        now.open = Some(OpenVolume { volume, export: export.clone(), stop, prefetch });
         Ok(export)
     }
 
     /// Closes a volume: its clients' connections end, its writes are flushed. It opens again when it is asked for.
     async fn close_in_turn(&self, name: &VolumeName, entry: &Entry) -> Result<(), HostError> {
-        let Some(open) = entry.now.write().open.take() else { return Ok(()) };
+        let open = {
+            let mut now = entry.now.write();
+            let Some(open) = now.open.take() else { return Ok(()) };
+            now.record = Some(open.volume.record());
+            open
+        };
         open.stop.cancel();
         let flushed = self.exports.remove(name.as_str(), GRACE).await;
         // Its last act is to keep a list.
@@ -329,7 +381,7 @@ impl Host {
 
     /// What the volume is. Lets go of the entry before it says that there is none: entries are locked under the map, never the other way round.
     fn record(&self, name: &VolumeName, entry: &Entry) -> Result<VolumeRecord, HostError> {
-        let record = entry.now.read().record.clone();
+        let record = entry.now.read().record();
         record.ok_or_else(|| self.no_volume(name))
     }
 
@@ -349,6 +401,21 @@ impl Host {
     }
 }
 
+/// Does something with a volume's directory that nobody may have open, once whoever looked at it a moment ago, or made a commit of it, has let go of it. Bounded.
+async fn once_let_go<T: Send + 'static>(
+    work: impl Fn() -> Result<T, VolumeError> + Clone + Send + 'static,
+) -> Result<T, HostError> {
+    let give_up = Instant::now() + OTHERS_END;
+    loop {
+        match tokio::task::spawn_blocking(work.clone()).await.map_err(|_| HostError::Stopping)? {
+            Err(VolumeError::Locked { .. }) if Instant::now() < give_up => {
+                tokio::time::sleep(OTHERS_LOOK).await;
+            }
+            done => return Ok(done?),
+        }
+    }
+}
+
 /// The host, as its server asks for what is not open.
 struct Sleepers(Weak<Host>);
 
@@ -358,7 +425,7 @@ impl Dormant for Sleepers {
         let Some(host) = self.0.upgrade() else { return Vec::new() };
         let volumes = host.volumes.lock();
         let described = |(name, entry): (&VolumeName, &Arc<Entry>)| {
-            Some((name.to_string(), entry.now.read().record.as_ref()?.describe()))
+            Some((name.to_string(), entry.now.read().record()?.describe()))
         };
         volumes.iter().filter_map(described).collect()
     }

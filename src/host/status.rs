@@ -169,7 +169,7 @@ impl Host {
                     open.volume.device().delta().map_or(0, |delta| delta.data_pages() * PAGE_SIZE),
                 ),
             });
-            (now.record.clone()?, now.attached.as_ref().map(|attached| attached.index), open)
+            (now.record()?, now.attached.as_ref().map(|attached| attached.index), open)
         };
         // The kernel is asked with nothing held.
         let mounts = index.map(Host::mounts).unwrap_or_default();

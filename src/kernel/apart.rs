@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdout, Command};
 
 use super::filesystem::Kind;
-use super::{KernelError, device, mount};
+use super::{KernelError, device, freeze, mount};
 
 /// What this program is started with to do a task: this word, and the task.
 pub const WORD: &str = "apart";
@@ -30,6 +30,8 @@ enum Task {
     Mount { device: PathBuf, kind: Kind, dir: PathBuf, read_only: bool },
     Unmount { dir: PathBuf },
     Flush { index: u32 },
+    Still { index: u32, limit_ms: u64 },
+    Thaw { index: u32 },
 }
 
 /// What the other process says, in one line: for a mount nothing, else whether there was something to do it to.
@@ -59,7 +61,7 @@ pub struct Flushed {
 /// Claims a device and brings to it what was written past any filesystem and is in the kernel's memory still. One that is dead (its last socket was gone for too long) takes nothing any more: that is
 /// no error here, what it had is lost, and its programs were told.
 pub async fn flush(index: u32) -> Result<Flushed, KernelError> {
-    let (holder, answer) = begun(&Task::Flush { index }).await?;
+    let (holder, _, answer) = begun(&Task::Flush { index }).await?;
     let flushed = Flushed { holder };
     match answer {
         Ok(is_alive) => {
@@ -76,6 +78,39 @@ pub async fn flush(index: u32) -> Result<Flushed, KernelError> {
     }
 }
 
+/// A filesystem that stands still, until it is let go or its time is over.
+#[derive(Debug)]
+pub struct Frozen {
+    holder: Child,
+    output: Option<BufReader<ChildStdout>>,
+}
+
+/// Brings to a device what its filesystem has in memory, and has that stand still: whoever writes waits. One that is mounted nowhere is flushed and claimed. It goes on by itself after `limit`, or when this
+/// process is gone. [`KernelError::Answer`]: the other process ended without an answer, and may have frozen it: [`thaw`] it.
+pub async fn still(index: u32, limit: Duration) -> Result<Frozen, KernelError> {
+    let limit_ms = limit.as_millis() as u64;
+    let (holder, output, answer) = begun(&Task::Still { index, limit_ms }).await?;
+    answer?;
+    Ok(Frozen { holder, output })
+}
+
+/// Has a filesystem go on that a process froze that is gone; `false`: it does already.
+pub async fn thaw(index: u32) -> Result<bool, KernelError> {
+    done(&Task::Thaw { index }).await
+}
+
+impl Frozen {
+    /// Lets it go on. Whether it stood still all the time until now.
+    pub async fn thaw(mut self) -> Result<bool, KernelError> {
+        drop(self.holder.stdin.take());
+        let said = said(&mut self.output).await?;
+        self.holder.wait().await.map_err(KernelError::of("wait for", Some(PROGRAM.into())))?;
+        said.unwrap_or_else(|(line, _)| {
+            Err(KernelError::Answer(format!("the process that froze said: {line:?}")))
+        })
+    }
+}
+
 impl Flushed {
     /// Lets go of the device.
     pub async fn let_go(mut self) {
@@ -88,27 +123,34 @@ impl Flushed {
 }
 
 async fn done(task: &Task) -> Answer {
-    let (mut child, answer) = begun(task).await?;
+    let (mut child, _, answer) = begun(task).await?;
     child.wait().await.map_err(KernelError::of("wait for", Some(PROGRAM.into())))?;
     answer
 }
 
 /// The other process, and its answer. It is never killed: what it waits for would not end by that.
-async fn begun(task: &Task) -> Result<(Child, Answer), KernelError> {
+async fn begun(task: &Task) -> Result<(Child, Option<BufReader<ChildStdout>>, Answer), KernelError> {
     let answer = |problem: String| KernelError::Answer(format!("the process that was to {problem}"));
     let words = serde_json::to_string(task).map_err(|error| answer(error.to_string()))?;
     let mut command = Command::new(PROGRAM);
     // What this one was told in confidence is not for others.
     command.env_clear().arg(WORD).arg(words).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().map_err(KernelError::of("start", Some(PROGRAM.into())))?;
+    let mut output = child.stdout.take().map(BufReader::new);
+    let said = said(&mut output).await?;
+    let said = said.map_err(|(line, error)| answer(format!("{} said: {line:?} ({error})", task.verb())))?;
+    Ok((child, output, said))
+}
+
+/// The next thing the other process says, or the line that can't be understood.
+async fn said(
+    output: &mut Option<BufReader<ChildStdout>>,
+) -> Result<Result<Answer, (String, serde_json::Error)>, KernelError> {
     let mut line = String::new();
-    if let Some(output) = child.stdout.take() {
-        let mut output = BufReader::new(output);
+    if let Some(output) = output {
         output.read_line(&mut line).await.map_err(KernelError::of("read from", Some(PROGRAM.into())))?;
     }
-    let said = serde_json::from_str(&line)
-        .map_err(|error| answer(format!("{} said: {line:?} ({error})", task.verb())))?;
-    Ok((child, said))
+    Ok(serde_json::from_str(&line).map_err(|error| (line, error)))
 }
 
 impl Task {
@@ -117,6 +159,8 @@ impl Task {
             Task::Mount { .. } => "mount",
             Task::Unmount { .. } => "unmount",
             Task::Flush { .. } => "flush",
+            Task::Still { .. } => "freeze",
+            Task::Thaw { .. } => "thaw",
         }
     }
 }
@@ -124,7 +168,7 @@ impl Task {
 /// Does the task this program was started for, and says what came of it on standard output. What is claimed stays so until standard input ends.
 pub fn perform(task: &str) -> ExitCode {
     let Ok(task) = serde_json::from_str(task) else { return ExitCode::from(2) };
-    let mut claimed = None;
+    let (mut claimed, mut frozen) = (None, None);
     let answer: Answer = match task {
         Task::Mount { device, kind, dir, read_only } => {
             while_busy(&device, || mount::mount_device(&device, kind, &dir, read_only)).map(|()| true)
@@ -137,11 +181,25 @@ pub fn perform(task: &str) -> ExitCode {
                 flushed
             })
         }
+        Task::Still { index, limit_ms } => {
+            freeze::outlive();
+            freeze::Still::of(index).map(|still| {
+                frozen = Some((still, Duration::from_millis(limit_ms)));
+                true
+            })
+        }
+        Task::Thaw { index } => freeze::thaw(index),
     };
     match serde_json::to_string(&answer) {
         // Who asked may have been killed meanwhile.
         Ok(line) => drop(writeln!(std::io::stdout(), "{line}")),
         Err(_) => return ExitCode::FAILURE,
+    }
+    if let Some((still, limit)) = frozen {
+        let in_time = still.until_input_ends(limit);
+        let still: Answer = still.end().map(|stood| stood && in_time);
+        let line = serde_json::to_string(&still).unwrap_or_default();
+        let _ = writeln!(std::io::stdout(), "{line}");
     }
     if claimed.is_some() {
         let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());

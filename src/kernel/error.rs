@@ -24,6 +24,18 @@ pub enum KernelError {
         /// The device.
         device: PathBuf,
     },
+    /// A device's filesystem can't be come by.
+    #[error("{} is mounted, but something else is mounted over it", device.display())]
+    Covered {
+        /// The device.
+        device: PathBuf,
+    },
+    /// Somebody else has frozen a filesystem, and may thaw it at any moment.
+    #[error("the filesystem on {} was frozen by somebody else", dir.display())]
+    FrozenByOthers {
+        /// Where it is mounted.
+        dir: PathBuf,
+    },
     /// There is no such device.
     #[error("there is no {}", device.display())]
     NoDevice {
@@ -83,6 +95,8 @@ impl KernelError {
             KernelError::Damaged { kind: Kind::Xfs, .. } => {
                 "mend it: 'horcrux-cli attach VOLUME', 'xfs_repair DEVICE' with the device that says, 'horcrux-cli detach VOLUME'"
             }
+            KernelError::Covered { .. } => "unmount what lies over it, or mount the volume on one more directory",
+            KernelError::FrozenByOthers { .. } => "'fsfreeze --unfreeze DIR' lets it go on",
             KernelError::MountBusy { .. } => "'fuser -vm DIR' says who",
             _ => return None,
         })

@@ -8,6 +8,7 @@ pub mod apart;
 pub mod device;
 mod error;
 pub mod filesystem;
+mod freeze;
 pub mod memory;
 pub mod mount;
 pub mod netlink;

@@ -119,6 +119,13 @@ pub fn mounts_of(device: &Path) -> Result<Vec<PathBuf>, KernelError> {
     Ok(mounts_in(&mount_table()?, device))
 }
 
+/// Where the device of an index is mounted, by its number: whatever name it was mounted by.
+pub fn mounts_of_index(index: u32) -> Result<Vec<PathBuf>, KernelError> {
+    let path = PathBuf::from(format!("/sys/block/nbd{index}/dev"));
+    let number = fs::read_to_string(&path).map_err(KernelError::of("read", Some(path)))?;
+    Ok(mounts_numbered(&mount_table()?, number.trim()))
+}
+
 fn mount_table() -> Result<String, KernelError> {
     let path = PathBuf::from("/proc/self/mountinfo");
     let table = fs::read(&path).map_err(KernelError::of("read", Some(path)))?;
@@ -138,6 +145,17 @@ fn mounts_in(table: &str, device: &Path) -> Vec<PathBuf> {
         let (mount, source) = line.split_once(" - ")?;
         (source.split(' ').nth(1)? == device).then_some(())?;
         Some(PathBuf::from(unescaped(mount.split(' ').nth(4)?)))
+    };
+    table.lines().filter_map(mounted).collect()
+}
+
+/// proc(5), mountinfo: the third field is the device's number.
+fn mounts_numbered(table: &str, number: &str) -> Vec<PathBuf> {
+    let mounted = |line: &str| {
+        let (mount, _) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ');
+        (fields.nth(2)? == number).then_some(())?;
+        Some(PathBuf::from(unescaped(fields.nth(1)?)))
     };
     table.lines().filter_map(mounted).collect()
 }
@@ -172,6 +190,8 @@ mod tests {
             [Path::new("/var/lib/horcrux/mnt/v1"), Path::new("/mnt/with a\\space")]
         );
         assert_eq!(mounts_in(table, Path::new("/dev/nbd2")), Vec::<PathBuf>::new());
+        assert_eq!(mounts_numbered(table, "43:0"), mounts_in(table, Path::new("/dev/nbd0")));
+        assert_eq!(mounts_numbered(table, "43:16"), [Path::new("/mnt/other")]);
         let stacked = format!("{table}44 41 0:51 / /mnt/with\\040a\\134space rw - tmpfs horcrux-guard\n");
         assert_eq!(mounts_on(&stacked, Path::new("/mnt/with a\\space")), 2);
         assert_eq!(mounts_on(&stacked, Path::new("/mnt")), 0);

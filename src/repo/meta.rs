@@ -116,6 +116,8 @@ impl MetaReader {
                 Ok(value) => return Ok(value),
                 Err(source) => source,
             };
+            // Where there are two of it, the other one is read from now on.
+            self.store.distrust(key).await;
             let damage = RepoError::Damaged { place: self.store.describe(), key: key.clone(), source };
             if rereads == REREADS {
                 return Err(damage);

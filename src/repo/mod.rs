@@ -8,6 +8,8 @@
 //! - [`sync`]: a repository copied to another place.
 //! - [`version`]: one opened commit: chunk tables by block, chunks by location.
 //! - [`writer`]: a stream of bytes to a new commit.
+//! - [`patch`]: a version and what changed of it to a new commit.
+//! - [`push`]: commits that were made here to where everybody finds them.
 //! - [`map_builder`]: a map from a parent's map and the blocks that changed.
 
 pub mod block_writer;
@@ -20,6 +22,8 @@ mod known;
 pub mod map_builder;
 pub mod meta;
 pub mod names;
+pub mod patch;
+pub mod push;
 pub mod repository;
 pub mod sync;
 pub mod version;
@@ -31,6 +35,8 @@ pub use known::known_chunks;
 pub use map_builder::{MapBase, MapBuilder};
 pub use meta::{MetaCache, NoMetaCache};
 pub use names::{BranchName, ImageName, RefSpec, Reference, TagName};
+pub use patch::{Change, PatchSource, Patched};
+pub use push::{PushReport, Unpushed};
 pub use repository::{BranchTip, Repository, Resolved};
 pub use version::{Version, VersionOptions};
 pub use writer::{CommitMeta, Finished, ImageWriter, WriteStats, WriterParams};

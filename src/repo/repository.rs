@@ -99,6 +99,12 @@ impl Repository {
         Repository { inner: Arc::new(Inner { store, format: RepositoryFormat { id } }) }
     }
 
+    /// The same repository, with what was made on this host and is in `here` before it.
+    pub fn over(&self, here: crate::store::DirStore) -> Repository {
+        let store = crate::store::OverlayStore::new(here, self.inner.store.clone());
+        Repository { inner: Arc::new(Inner { store: Arc::new(store), format: self.inner.format }) }
+    }
+
     /// Opens a repository, or makes one in an empty place.
     pub async fn open_or_create(store: Arc<dyn Store>, id: [u8; 16]) -> Result<Repository, RepoError> {
         match Repository::create(store.clone(), id).await {
@@ -380,6 +386,11 @@ impl Repository {
 
     pub(super) fn meta(&self, cache: &Arc<dyn MetaCache>) -> MetaReader {
         MetaReader { store: self.inner.store.clone(), cache: cache.clone() }
+    }
+
+    /// The key of a commit.
+    pub fn commit_key(&self, image: &ImageName, id: &CommitId) -> Key {
+        keys::commit(image, id)
     }
 
     /// The key of the base object of a chunk or table, for messages.

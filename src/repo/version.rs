@@ -286,6 +286,8 @@ impl Version {
         for _ in 0..REREADS {
             let Err(damage @ RepoError::Damaged { .. }) = &*answer else { return };
             tracing::warn!(%damage, "reading it again");
+            // Where there are two of it, the other one is read from now on.
+            self.inner.repo.store().distrust(&keys::object(&self.inner.image, &read.object)).await;
             let alone = RangeRead { object: read.object, range: fetch::range_of(location), chunks: vec![0] };
             *answer = match self.read_chunks(&alone, std::slice::from_ref(location)).await {
                 Ok(mut read) => read.pop().expect("one was asked for").1,

@@ -60,6 +60,64 @@ impl DirStore {
         DirStore { inner: Arc::new(Inner { root: root.into(), slots, known_dirs: Mutex::default() }) }
     }
 
+    /// How long an object is; `None` where there is none.
+    pub async fn len_of(&self, key: &Key) -> Result<Option<u64>, StoreError> {
+        let key = key.clone();
+        blocking(&self.inner, "look at", move |inner| {
+            let path = inner.path(&key);
+            match std::fs::metadata(&path) {
+                Ok(found) => Ok(found.is_file().then(|| found.len())),
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+                {
+                    Ok(None)
+                }
+                Err(error) => Err(inner.error("look at", &path, error)),
+            }
+        })
+        .await
+    }
+
+    /// Whether an object's bytes hash to the last segment of its key; those that are not named by their hash do. `Ok(true)` where there is none. Reads all of it.
+    pub async fn is_as_named(&self, key: &Key) -> Result<bool, StoreError> {
+        const HASH_DIGITS: usize = 64;
+        let name = key.segments().next_back().unwrap_or_default().to_owned();
+        if name.len() != HASH_DIGITS || !name.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Ok(true);
+        }
+        let key = key.clone();
+        blocking(&self.inner, "read", move |inner| {
+            let path = inner.path(&key);
+            let hashed = unless_stale(|| {
+                let mut hasher = blake3::Hasher::new();
+                io::copy(&mut open(&path)?.0, &mut hasher)?;
+                Ok(hasher.finalize().to_hex().to_string())
+            });
+            match hashed {
+                Ok(hash) => Ok(hash == name),
+                Err(error) => match inner.read_error(&key, &path, error) {
+                    StoreError::NotFound { .. } | StoreError::NoPlace { .. } => Ok(true),
+                    // A disk that can't give it back has not got it.
+                    StoreError::Io { .. } => Ok(false),
+                    error => Err(error),
+                },
+            }
+        })
+        .await
+    }
+
+    /// Takes a damaged object out of the way: it stays beside, under a name that is no key.
+    pub async fn set_aside(&self, key: &Key) -> Result<(), StoreError> {
+        let key = key.clone();
+        blocking(&self.inner, "set aside", move |inner| {
+            let path = inner.path(&key);
+            let name = key.segments().next_back().unwrap_or_default();
+            std::fs::rename(&path, path.with_file_name(format!(".damaged-{name}")))
+                .map_err(|error| inner.error("set aside", &path, error))
+        })
+        .await
+    }
+
     /// The directory.
     pub fn root(&self) -> &Path {
         &self.inner.root

@@ -13,6 +13,7 @@ pub mod fault;
 pub mod key;
 pub mod mem;
 pub mod mirror;
+pub mod overlay;
 pub mod retry;
 pub mod s3;
 pub mod ssh;
@@ -31,6 +32,7 @@ pub use fault::FaultStore;
 pub use key::{Key, KeyError, KeyPrefix};
 pub use mem::MemStore;
 pub use mirror::MirrorStore;
+pub use overlay::OverlayStore;
 pub use retry::{RetryOptions, RetryStore};
 pub use s3::{S3Place, S3Store};
 pub use ssh::{SshPlace, SshStore};
@@ -150,6 +152,11 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Names something in the place that is neither an object key's first segment in use by a repository nor a leftover of
     /// a write: whatever makes it unwise to start a repository there. `None` where the place is empty or missing.
     async fn occupant(&self) -> Result<Option<String>, StoreError>;
+
+    /// Says that what was read under a key does not hash to its name. Whether another one is read from now on: a store that has only one has no other.
+    async fn distrust(&self, _key: &Key) -> bool {
+        false
+    }
 
     /// The place, for messages: no credentials in it.
     fn describe(&self) -> String;

@@ -65,14 +65,15 @@ impl NewVolume {
             return Ok(record);
         }
         let reference = self.reference.clone().unwrap_or_default();
-        let commit = repository.resolve(&self.image, &reference, meta).await?.commit;
+        let resolved = repository.resolve(&self.image, &reference, meta).await?;
+        let (commit, branch) = (resolved.commit, resolved.branch.map(|branch| branch.to_string()));
         let found = repository.commit(&self.image, commit, meta).await?;
         if let Some(asked) = self.filesystem.filter(|asked| *asked != found.filesystem) {
             let (image, has) = (format!("{}@{reference}", self.image), found.filesystem);
             return Err(VolumeError::OtherFilesystem { image, has, asked });
         }
         let size = self.size_over(found.size)?;
-        let record = VolumeRecord::new(self.wanted(), repository, commit, size);
+        let record = VolumeRecord::new(self.wanted(), repository, commit, branch, size);
         let (name, made) = (self.name.clone(), record.clone());
         let making = move || Layers::make(&dir, name.as_str(), &made).map(drop);
         tokio::task::spawn_blocking(making).await.map_err(|_| VolumeError::Stopped)??;
@@ -88,6 +89,7 @@ impl NewVolume {
             read_only: self.read_only,
             prefetch: self.prefetch,
             quota: self.quota,
+            from: None,
         }
     }
 

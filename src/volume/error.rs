@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::delta::DeltaError;
-use crate::device::BaseError;
+use crate::device::{BaseError, DeviceError};
 use crate::format::commit::{Filesystem, MAX_DEVICE_SIZE};
 use crate::format::{ChunkId, CommitId};
 use crate::lock::LockError;
@@ -164,7 +164,54 @@ pub enum VolumeError {
     /// The volume's writes can't be opened.
     #[error(transparent)]
     Delta(#[from] DeltaError),
+    /// It takes no writes, so there is nothing of it to commit.
+    #[error("volume {volume} is read-only")]
+    ReadOnly {
+        /// The volume.
+        volume: String,
+    },
+    /// A layer that should have come to its end takes writes still, or is not there.
+    #[error("volume {volume}: layer {layer} is not sealed")]
+    NotSealed {
+        /// The volume.
+        volume: String,
+        /// The layer.
+        layer: String,
+    },
+    /// It reads through as many layers as it may.
+    #[error("volume {volume} has {most} layers already, of snapshots that were taken since its last commit")]
+    TooManyLayers {
+        /// The volume.
+        volume: String,
+        /// How many it may have.
+        most: usize,
+    },
+    /// The volume's disk can't be read or changed.
+    #[error("volume {volume}: {source}")]
+    Device {
+        /// The volume.
+        volume: String,
+        /// The reason.
+        source: Box<DeviceError>,
+    },
     /// The server is going down.
     #[error("the server is stopping")]
     Stopped,
+}
+
+impl VolumeError {
+    /// There is no record where there should be one.
+    pub(super) fn missing(dir: &std::path::Path) -> VolumeError {
+        VolumeError::Record { path: dir.join(super::RECORD_FILE), problem: "it is missing".to_owned() }
+    }
+
+    /// Whether it is for want of space on this host.
+    pub fn is_full(&self) -> bool {
+        match self {
+            VolumeError::Delta(DeltaError::Full { .. } | DeltaError::Quota(_)) => true,
+            VolumeError::Device { source, .. } => source.is_full(),
+            VolumeError::Io { source, .. } => source.kind() == io::ErrorKind::StorageFull,
+            _ => false,
+        }
+    }
 }

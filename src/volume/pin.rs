@@ -67,7 +67,7 @@ impl Pinning {
 impl Volume {
     /// Brings all of the commit here and marks the volume. How many bytes were fetched.
     pub async fn pin(&self, cache: &Cache, progress: &Pinning) -> Result<ByteLen, VolumeError> {
-        let base = self.device().base();
+        let base = &self.device().base();
         let chunks = chunks_of(base.version()).await?;
         let needed = ByteLen(chunks.len() as u64 * base.chunk_len());
         let limit = cache.chunk_limit();
@@ -98,7 +98,7 @@ impl Volume {
     }
 
     /// Has the cache keep what a pinned volume needs.
-    pub(super) async fn keep_pinned(&self, cache: &Cache) {
+    pub async fn keep_pinned(&self, cache: &Cache) {
         if !self.dir.as_deref().is_some_and(is_pinned) {
             return;
         }

@@ -71,7 +71,8 @@ impl Volume {
 
     /// The list to go by: the volume's own, else the commit's, else that of the nearest commit before it.
     async fn list(&self) -> Option<PrefetchList> {
-        let version = self.device().base().version();
+        let base = self.device().base();
+        let version = base.version();
         let fits = |list: &PrefetchList| list.chunk_size == version.commit().chunk_size;
         if let Some(list) = self.own_list().or_else(|| self.list.clone().filter(fits)) {
             return Some(list);
@@ -137,7 +138,7 @@ impl Volume {
     }
 
     async fn fetch_all(&self, rate: Option<ByteLen>) {
-        let base = self.device().base();
+        let base = &self.device().base();
         let began = Instant::now();
         let mut failed = 0u64;
         let go_on = |error| {
@@ -196,7 +197,8 @@ impl Volume {
         if chunks.is_empty() {
             return;
         }
-        let version = self.device().base().version();
+        let base = self.device().base();
+        let version = base.version();
         let list =
             PrefetchList::new(version.image().to_string(), version.id(), version.commit().chunk_size, chunks);
         let dir = dir.to_owned();

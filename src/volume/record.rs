@@ -6,21 +6,17 @@ use std::io;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::{Deserialize, Serialize};
-
-use crate::format::commit::MAX_DEVICE_SIZE;
 use crate::format::{CommitId, ids};
 use crate::repo::{ImageName, Reference, Repository};
 use crate::units::ByteLen;
 
+use super::history::{LayerRef, Pending, Snapshot};
 use super::{Prefetch, Source, VolumeError, random_id};
 
 /// Name of the record in a volume's directory.
 pub const RECORD_FILE: &str = "volume.json";
-const VERSION: u32 = 2;
-const OLDEST: u32 = 1;
-/// A record is some hundred bytes and 5 for each layer.
-const MAX_RECORD_LEN: u64 = 1 << 20;
+/// A record is some hundred bytes, and some more for each layer, snapshot and commit in the making.
+const MAX_RECORD_LEN: u64 = 16 << 20;
 
 /// What a volume is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,8 +31,12 @@ pub struct VolumeRecord {
     pub image: String,
     /// What the user asked for; `None` is the default branch.
     pub reference: Option<String>,
-    /// What that was when the volume was made.
+    /// The commit its layers lie on.
     pub commit: CommitId,
+    /// The branch its commits go to; `None` for a volume of a tag, a commit or a version before a branch's tip.
+    pub branch: Option<String>,
+    /// The last commit of its history that is known to be in the repository.
+    pub pushed: CommitId,
     /// Size of the device.
     pub size: ByteLen,
     /// The size the user asked for; `None` is the image's.
@@ -49,8 +49,14 @@ pub struct VolumeRecord {
     pub quota: Option<ByteLen>,
     /// When it was made, in seconds since 1970; `None` in records of version 1.
     pub created_s: Option<u64>,
+    /// The volume it was made from, where it is a clone.
+    pub from: Option<String>,
     /// Its layers, lowest first; the last one takes the writes. Never empty.
-    pub layers: Vec<String>,
+    pub layers: Vec<LayerRef>,
+    /// Commits that were sealed and are not made yet, the oldest first.
+    pub pending: Vec<Pending>,
+    /// States to come back to, the oldest first.
+    pub snapshots: Vec<Snapshot>,
 }
 
 /// What the user asked of a volume when it was made.
@@ -62,43 +68,7 @@ pub(super) struct Wanted {
     pub read_only: bool,
     pub prefetch: Prefetch,
     pub quota: Option<ByteLen>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Json {
-    version: u32,
-    id: String,
-    access: Access,
-    repository: String,
-    image: String,
-    #[serde(rename = "ref", skip_serializing_if = "Option::is_none")]
-    reference: Option<String>,
-    commit: String,
-    size: u64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    asked_size: Option<u64>,
-    #[serde(default)]
-    read_only: bool,
-    #[serde(default)]
-    prefetch: Prefetch,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    quota: Option<u64>,
-    #[serde(default, rename = "created", skip_serializing_if = "Option::is_none")]
-    created_s: Option<u64>,
-    layers: Vec<String>,
-}
-
-/// Version 1 has one place, version 2 a list of them.
-#[derive(Serialize, Deserialize)]
-#[serde(untagged)]
-enum Access {
-    One(String),
-    Several(Vec<String>),
-}
-
-#[derive(Deserialize)]
-struct JustVersion {
-    version: u32,
+    pub from: Option<String>,
 }
 
 impl VolumeRecord {
@@ -107,6 +77,7 @@ impl VolumeRecord {
         wanted: Wanted,
         repository: &Repository,
         commit: CommitId,
+        branch: Option<String>,
         size: ByteLen,
     ) -> VolumeRecord {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -117,13 +88,18 @@ impl VolumeRecord {
             image: wanted.image,
             reference: wanted.reference,
             commit,
+            branch,
+            pushed: commit,
             size,
             asked_size: wanted.size,
             read_only: wanted.read_only,
             prefetch: wanted.prefetch,
             quota: wanted.quota,
             created_s: now.ok().map(|since| since.as_secs()),
-            layers: vec!["0001".to_owned()],
+            from: wanted.from,
+            layers: vec![LayerRef::first()],
+            pending: Vec::new(),
+            snapshots: Vec::new(),
         }
     }
 
@@ -132,6 +108,12 @@ impl VolumeRecord {
         let or = |text: Option<String>, none: &str| text.unwrap_or_else(|| none.to_owned());
         let size = |size: Option<ByteLen>, none: &str| or(size.map(|size| format!("{} bytes", size.0)), none);
         let main = Reference::default().to_string();
+        let from = |from: &Option<String>| from.clone().unwrap_or_else(|| "none".to_owned());
+        if wanted.from.is_some() || self.from.is_some() {
+            // A clone has everything else of its source.
+            let (has, asked) = (from(&self.from), from(&wanted.from));
+            return (has != asked).then_some(("from", has, asked));
+        }
         let all = [
             ("name", self.image.clone(), wanted.image.clone()),
             ("access", self.access.join(", "), wanted.access.join(", ")),
@@ -178,6 +160,22 @@ impl VolumeRecord {
         })
     }
 
+    /// The layers it needs, those of its snapshots too.
+    pub(super) fn all_layers(&self) -> impl Iterator<Item = &LayerRef> {
+        self.layers.iter().chain(self.snapshots.iter().flat_map(|snapshot| &snapshot.layers))
+    }
+
+    /// How many of its layers belong to commits that are being made.
+    pub(super) fn committed_layers(&self) -> usize {
+        let last = self.pending.last().map(|pending| &pending.upto);
+        last.and_then(|upto| self.layers.iter().position(|layer| layer.name == *upto)).map_or(0, |at| at + 1)
+    }
+
+    /// Whether it has commits that are not known to be in the repository, made or in the making.
+    pub fn has_unpushed(&self) -> bool {
+        self.commit != self.pushed || !self.pending.is_empty()
+    }
+
     /// What it is, for people.
     pub fn describe(&self) -> String {
         let commit = self.commit.to_string();
@@ -201,7 +199,8 @@ impl VolumeRecord {
         reference: &Reference,
         asked: CommitId,
     ) -> Result<(), VolumeError> {
-        if self.commit == asked {
+        // Its own commits come after what was asked for.
+        if self.commit == asked || self.pushed == asked {
             return Ok(());
         }
         Err(VolumeError::OtherBase {
@@ -240,70 +239,13 @@ impl VolumeRecord {
             source,
         })
     }
-
-    fn encode(&self) -> String {
-        let json = Json {
-            version: VERSION,
-            id: ids::to_hex(&self.id),
-            access: Access::Several(self.access.clone()),
-            repository: self.repository.clone(),
-            image: self.image.clone(),
-            reference: self.reference.clone(),
-            commit: self.commit.to_string(),
-            size: self.size.0,
-            asked_size: self.asked_size.map(|size| size.0),
-            read_only: self.read_only,
-            prefetch: self.prefetch,
-            quota: self.quota.map(|quota| quota.0),
-            created_s: self.created_s,
-            layers: self.layers.clone(),
-        };
-        let mut text = serde_json::to_string_pretty(&json).expect("strings and numbers have a JSON form");
-        text.push('\n');
-        text
-    }
-
-    fn decode(text: &[u8]) -> Result<VolumeRecord, String> {
-        let JustVersion { version } = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-        if !(OLDEST..=VERSION).contains(&version) {
-            return Err(format!("volume record version {version}, this build reads {OLDEST}..={VERSION}"));
-        }
-        let json: Json = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-        let is_layer_name = |name: &String| name.len() == 4 && name.bytes().all(|byte| byte.is_ascii_digit());
-        if json.layers.is_empty() || !json.layers.iter().all(is_layer_name) {
-            return Err(format!("layers can't be {:?}", json.layers));
-        }
-        if json.size > MAX_DEVICE_SIZE.0 {
-            return Err(format!("size can't be {}: a device has at most {MAX_DEVICE_SIZE} bytes", json.size));
-        }
-        let access = match json.access {
-            Access::One(place) => vec![place],
-            Access::Several(places) => places,
-        };
-        if access.is_empty() {
-            return Err("it has no place to access".to_owned());
-        }
-        Ok(VolumeRecord {
-            id: ids::parse_hex(&json.id).ok_or_else(|| format!("id can't be {:?}", json.id))?,
-            access,
-            repository: json.repository,
-            image: json.image,
-            reference: json.reference,
-            commit: json.commit.parse().map_err(|error: crate::format::FormatError| error.to_string())?,
-            size: ByteLen(json.size),
-            asked_size: json.asked_size.map(ByteLen),
-            read_only: json.read_only,
-            prefetch: json.prefetch,
-            quota: json.quota.map(ByteLen),
-            created_s: json.created_s,
-            layers: json.layers,
-        })
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::Timestamp;
+    use crate::format::delta::LayerId;
 
     fn record() -> VolumeRecord {
         VolumeRecord {
@@ -319,7 +261,31 @@ mod tests {
             prefetch: Prefetch::All,
             quota: Some(ByteLen(1 << 20)),
             created_s: Some(1_700_000_000),
-            layers: vec!["0001".to_owned(), "0002".to_owned()],
+            branch: Some("main".to_owned()),
+            pushed: CommitId::of(b"pushed"),
+            from: Some("v0".to_owned()),
+            layers: vec![
+                LayerRef { id: Some(LayerId([1; 16])), sealed: true, ..LayerRef::first() },
+                LayerRef { name: "0002".to_owned(), id: None, sealed: false },
+            ],
+            pending: vec![Pending {
+                upto: "0001".to_owned(),
+                message: "a \"message\"\nof two lines".to_owned(),
+                author: "me".to_owned(),
+                time: Timestamp { secs: 1, nanos: 2 },
+                allow_empty: true,
+                amend: false,
+            }],
+            snapshots: vec![Snapshot {
+                name: "before".to_owned(),
+                commit: CommitId::of(b"commit"),
+                pushed: CommitId::of(b"pushed"),
+                branch: None,
+                size: ByteLen(1 << 30),
+                layers: vec![LayerRef { id: Some(LayerId([1; 16])), sealed: true, ..LayerRef::first() }],
+                pending: Vec::new(),
+                created_s: 1_700_000_000,
+            }],
         }
     }
 
@@ -329,12 +295,41 @@ mod tests {
     }
 
     #[test]
+    fn layers_by_which_a_write_would_go_where_none_may_are_refused() {
+        let refused = |change: &dyn Fn(&mut VolumeRecord)| {
+            let mut bad = record();
+            change(&mut bad);
+            VolumeRecord::decode(bad.encode().as_bytes()).unwrap_err()
+        };
+        let no_top = |record: &mut VolumeRecord| {
+            record.layers.pop();
+        };
+        assert_eq!(refused(&no_top), "the top layer can't be sealed: it takes the writes");
+        let ends_at_top = |record: &mut VolumeRecord| record.pending[0].upto = "0002".to_owned();
+        assert_eq!(refused(&ends_at_top), "a commit can't end with layer \"0002\", which is not sealed");
+        let unsealed = |record: &mut VolumeRecord| record.layers[0].sealed = false;
+        assert_eq!(refused(&unsealed), "a commit can't end with layer \"0001\", which is not sealed");
+        let two = |record: &mut VolumeRecord| record.snapshots[0].layers[0].id = Some(LayerId([9; 16]));
+        assert_eq!(refused(&two), "there can't be two layers 0001");
+        let twice = |record: &mut VolumeRecord| record.layers.insert(0, record.layers[0].clone());
+        assert_eq!(refused(&twice), "no layer can lie on itself");
+        let taking = |record: &mut VolumeRecord| record.snapshots[0].layers[0].sealed = false;
+        assert_eq!(refused(&taking), "snapshot before can't have layer 0001: it takes writes");
+        // A kill came after a new layer was named, and before the one below was called sealed.
+        let mut killed = record();
+        killed.pending.clear();
+        killed.snapshots.clear();
+        killed.layers[0].sealed = false;
+        assert_eq!(VolumeRecord::decode(killed.encode().as_bytes()), Ok(killed));
+    }
+
+    #[test]
     fn a_newer_record_a_torn_one_and_a_layer_outside_are_refused() {
         let text = record().encode();
-        let newer = text.replace("\"version\": 2", "\"version\": 7");
+        let newer = text.replace("\"version\": 3", "\"version\": 7");
         assert_eq!(
             VolumeRecord::decode(newer.as_bytes()),
-            Err("volume record version 7, this build reads 1..=2".to_owned())
+            Err("volume record version 7, this build reads 1..=3".to_owned())
         );
         assert!(VolumeRecord::decode(&text.as_bytes()[..text.len() / 2]).is_err());
         assert!(VolumeRecord::decode(text.replace("0002", "../x").as_bytes()).is_err());

@@ -11,6 +11,10 @@ use super::{RECORD_FILE, VolumeName};
 
 /// How the directory of a volume that is being taken away begins: no volume's name does.
 const REMOVED: &str = ".removed-";
+/// How the directory of a clone begins that is being made.
+const MAKING: &str = ".making-";
+/// Where objects are that were made here, by repository.
+const MADE: &str = "made";
 
 /// A state directory this process holds.
 #[derive(Debug)]
@@ -48,6 +52,13 @@ impl StateDir {
         self.root.join("cache")
     }
 
+    /// Where objects are that were made here, of the repository with this id.
+    pub fn made_dir(&self, repository: &str) -> PathBuf {
+        // An id is hex digits; whatever else a record says must not lead out of here.
+        let plain = repository.bytes().all(|byte| byte.is_ascii_hexdigit()) && !repository.is_empty();
+        self.root.join(MADE).join(if plain { repository } else { "unknown" })
+    }
+
     /// Where sockets are.
     pub fn run_dir(&self) -> PathBuf {
         self.root.join("run")
@@ -71,12 +82,59 @@ impl StateDir {
         self.root.join("volumes").join(format!("{REMOVED}{volume}-{id}"))
     }
 
-    /// Deletes what a removal that was cut short left.
+    /// Where a clone is made before it has its name; nothing is there.
+    pub(super) fn making_dir(&self, volume: &VolumeName) -> PathBuf {
+        let id = crate::format::ids::to_hex(&super::random_id());
+        self.root.join("volumes").join(format!("{MAKING}{volume}-{id}"))
+    }
+
+    /// Whether a volume of this repository is here. One whose record can't be read may be one. Blocks on the disk.
+    fn has_volume_of(&self, repository: &str) -> Result<bool, VolumeError> {
+        for name in self.volumes()? {
+            match super::VolumeRecord::load(&self.volume_dir(name.as_str())) {
+                Ok(Some(record)) if record.repository != repository => {}
+                Ok(None) => {}
+                Ok(Some(_)) => return Ok(true),
+                Err(error) => {
+                    tracing::warn!(volume = %name, %error, "it may need what was made here, so that stays");
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Takes away what was made here of a repository that no volume is of any more. Nobody may be making one meanwhile. Where it is now, to be deleted. Blocks on the disk.
+    pub fn take_away_made(&self, repository: &str) -> Result<Option<PathBuf>, VolumeError> {
+        let dir = self.made_dir(repository);
+        if !dir.exists() || self.has_volume_of(repository)? {
+            return Ok(None);
+        }
+        let id = crate::format::ids::to_hex(&super::random_id());
+        let gone = self.root.join(MADE).join(format!("{REMOVED}{id}"));
+        match std::fs::rename(&dir, &gone) {
+            Ok(()) => Ok(Some(gone)),
+            Err(source) => Err(VolumeError::Io { action: "take away", path: dir, source }),
+        }
+    }
+
+    /// Deletes what was cut short: removals, clones, objects that were being written.
     fn sweep(&self) {
-        for name in self.names().unwrap_or_default().iter().filter(|name| name.starts_with(REMOVED)) {
-            let dir = self.root.join("volumes").join(name);
-            if let Err(error) = std::fs::remove_dir_all(&dir) {
-                tracing::warn!(dir = %dir.display(), %error, "can't delete what is left of a volume");
+        let is_left = |name: &str| name.starts_with(REMOVED) || name.starts_with(MAKING);
+        let volumes = self.root.join("volumes");
+        for name in self.names().unwrap_or_default().iter().filter(|name| is_left(name)) {
+            let dir = volumes.join(name);
+            told(&dir, std::fs::remove_dir_all(&dir));
+        }
+        for made in entries(&self.root.join(MADE)) {
+            if made.file_name().is_some_and(|name| name.to_string_lossy().starts_with(REMOVED)) {
+                told(&made, std::fs::remove_dir_all(&made));
+                continue;
+            }
+            // Uploads begin here, before they have a key.
+            let is_temp = |path: &PathBuf| path.file_name().is_some_and(crate::durable::is_temp_name);
+            for upload in entries(&made).iter().filter(|path| is_temp(path)) {
+                told(upload, std::fs::remove_file(upload));
             }
         }
     }
@@ -93,6 +151,18 @@ impl StateDir {
     /// Where a volume is. `volume` is a volume's or an image's name, so it can't leave the directory.
     pub fn volume_dir(&self, volume: &str) -> PathBuf {
         volume_dir(&self.root, volume)
+    }
+}
+
+/// What is in a directory; nothing where it can't be listed.
+fn entries(dir: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
+}
+
+fn told(path: &Path, deleted: std::io::Result<()>) {
+    if let Err(error) = deleted {
+        tracing::warn!(path = %path.display(), %error, "can't delete what was left here");
     }
 }
 

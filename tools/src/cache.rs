@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use clap::Subcommand;
 use horcrux::cache::care::{KeptMeta, Survey, prune, survey, verify};
 use horcrux::cache::{Cache, CacheError, CacheOptions};
-use horcrux::control::api::{Job, JobState};
+use horcrux::control::api::{Job, JobKind, JobState};
 use horcrux::control::{Client, ClientError, socket_of};
 use horcrux::format::ChunkId;
 use horcrux::repo::{ImageName, MetaCache, RepoError, Repository, Version, VersionOptions};
@@ -261,7 +261,12 @@ impl Jobs {
         }
         for job in &jobs {
             let (done, total) = (ByteLen(job.done_bytes).human(), ByteLen(job.total_bytes).human());
-            say!("{}: pin {}, {done} of {total}, {}", job.id, job.volume, told(job));
+            let kind = match job.kind {
+                JobKind::Pin => "pin",
+                JobKind::Commit => "commit",
+                JobKind::Push => "push",
+            };
+            say!("{}: {kind} {}, {done} of {total}, {}", job.id, job.volume, told(job));
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ mod place;
 mod prefetch;
 mod progress;
 mod sync;
+mod version;
 mod volume;
 
 use std::process::ExitCode;
@@ -57,8 +58,26 @@ enum Command {
     Mount(volume::MountCommand),
     /// Unmount a volume, and detach it
     Umount(volume::UmountCommand),
-    /// Say how the daemon is
+    /// Say how the daemon is, or on which version a volume stands and what it has of its own
     Status(volume::StatusCommand),
+    /// Keep what a volume is now as a commit: sealed at once, made in the background, local until it is pushed
+    Commit(version::CommitCommand),
+    /// Bring a volume's commits to its repository
+    Push(version::PushCommand),
+    /// Have a volume without changes of its own stand on its branch's tip
+    Pull(version::PullCommand),
+    /// Have a volume stand on another version
+    Checkout(version::CheckoutCommand),
+    /// Drop what was written to a volume since its commit
+    Reset(version::ResetCommand),
+    /// The commits of a volume's history, the newest first
+    Log(version::LogCommand),
+    /// Take a snapshot of a volume, list them, take them away
+    Snapshot(version::SnapshotCommand),
+    /// Make a volume what it was in a snapshot
+    Rollback(version::RollbackCommand),
+    /// Make another volume that is what this one is now, and shares all its bytes
+    Clone(version::CloneCommand),
     /// Copy a repository, or one image of it, to another place: what is missing there
     Sync(sync::Sync),
     /// Write man pages and shell completions, for packages
@@ -85,6 +104,15 @@ fn main() -> ExitCode {
         Command::Umount(command) => end(command.run(), volume::Error::hint),
         Command::Detach(command) => end(command.run(), volume::Error::hint),
         Command::Status(command) => end(command.run(), volume::Error::hint),
+        Command::Commit(command) => end(command.run(), volume::Error::hint),
+        Command::Push(command) => end(command.run(), volume::Error::hint),
+        Command::Pull(command) => end(command.run(), volume::Error::hint),
+        Command::Checkout(command) => end(command.run(), volume::Error::hint),
+        Command::Reset(command) => end(command.run(), volume::Error::hint),
+        Command::Log(command) => end(command.run(), volume::Error::hint),
+        Command::Snapshot(command) => end(command.run(), volume::Error::hint),
+        Command::Rollback(command) => end(command.run(), volume::Error::hint),
+        Command::Clone(command) => end(command.run(), volume::Error::hint),
         Command::Sync(command) => end(command.run(), sync::Error::hint),
         Command::Manual { dir } => end(horcrux::manual::write(Args::command(), &dir), |_| None),
     }

@@ -51,6 +51,9 @@ enum Action {
         /// The volumes
         #[arg(required = true)]
         volumes: Vec<VolumeName>,
+        /// Even where commits are lost by it that are not pushed
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -93,6 +96,8 @@ enum Prefetch {
 pub struct StatusCommand {
     #[command(flatten)]
     place: Place,
+    /// A volume: on which version it stands, and what it has of its own [default: how the daemon is]
+    volume: Option<VolumeName>,
     /// Print it as JSON
     #[arg(long)]
     json: bool,
@@ -117,6 +122,10 @@ pub enum Error {
     NoVolume,
     #[error("which? 'umount VOLUME DIR', or 'umount DIR'")]
     TwoDirectories,
+    #[error("{what}")]
+    Job { what: String, hint: Option<String> },
+    #[error("the job was cancelled")]
+    Cancelled,
     #[error("no volume is mounted on {dir}")]
     NothingMounted { dir: String },
     #[error("can't start: {0}")]
@@ -131,18 +140,20 @@ impl Error {
         match self {
             Error::Place(error) => error.hint(),
             Error::Daemon(error) => error.hint(),
+            Error::Job { hint, .. } => hint.clone(),
+            Error::Cancelled => Some("the same command again goes on with it".to_owned()),
             _ => None,
         }
     }
 }
 
-fn daemon(place: &Place) -> Result<(Client, tokio::runtime::Runtime), Error> {
+pub(crate) fn daemon(place: &Place) -> Result<(Client, tokio::runtime::Runtime), Error> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Runtime)?;
     Ok((Client::new(&socket_of(&place.state_dir()?), PATIENCE), runtime))
 }
 
-fn print_json(what: &impl Serialize) -> Result<(), Error> {
+pub(crate) fn print_json(what: &impl Serialize) -> Result<(), Error> {
     serde_json::to_writer_pretty(std::io::stdout(), what).map_err(std::io::Error::from)?;
     say!();
     Ok(())
@@ -166,10 +177,10 @@ impl VolumeCommand {
                 let volume = runtime.block_on(client.volume(volume.as_str()))?;
                 if json { print_json(&volume) } else { inspect(&volume) }
             }
-            Action::Rm { volumes } => {
+            Action::Rm { volumes, force } => {
                 let mut failed = Vec::new();
                 for volume in &volumes {
-                    match runtime.block_on(client.remove_volume(volume.as_str())) {
+                    match runtime.block_on(client.remove_volume(volume.as_str(), force)) {
                         Ok(()) => say!("{volume}"),
                         Err(error) if volumes.len() == 1 => return Err(error.into()),
                         Err(error) => failed.push(error.to_string()),
@@ -202,6 +213,7 @@ fn plain(volume: &VolumeName, access: &[String], name: &RefSpec, read_only: bool
         name: volume.to_string(),
         access: access.iter().map(|place| lasting(place)).collect(),
         image: name.image.to_string(),
+        from: None,
         reference: Some(name.reference.to_string()),
         size: None,
         filesystem: None,
@@ -273,6 +285,9 @@ impl StatusCommand {
     /// Runs the command.
     pub fn run(self) -> Result<(), Error> {
         let (client, runtime) = daemon(&self.place)?;
+        if let Some(volume) = &self.volume {
+            return crate::version::status(&client, &runtime, volume, self.json);
+        }
         let status = runtime.block_on(client.status())?;
         if self.json {
             return print_json(&status);
@@ -414,7 +429,7 @@ impl MountCommand {
         // It was made for this alone, and nothing was written to it.
         if mounted.is_err()
             && made.is_new
-            && let Err(error) = client.remove_volume(volume.as_str()).await
+            && let Err(error) = client.remove_volume(volume.as_str(), false).await
         {
             tracing::warn!(%volume, %error, "a volume that was made for this is left");
         }
@@ -440,7 +455,7 @@ impl UmountCommand {
         };
         client.unmount(&volume, &Unmount { directory: dir }).await?;
         if self.rm {
-            client.remove_volume(&volume).await?;
+            client.remove_volume(&volume, false).await?;
         }
         Ok(say!("{volume}"))
     }

@@ -82,6 +82,7 @@ pub async fn run(
     let server = Server::new(host.exports().clone(), listeners, server_options, stop.clone());
     host.connect_through(server.connector());
     host.adopt().await;
+    host.resume_commits().await;
     let router = control::router(host.clone());
     let from_afar = async {
         if let Some((listener, token)) = remote {

@@ -11,6 +11,7 @@
 
 mod assemble;
 mod known;
+pub(super) mod pack;
 mod pipeline;
 
 use std::collections::HashSet;
