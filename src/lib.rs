@@ -10,6 +10,7 @@ pub mod control;
 pub mod delta;
 pub mod device;
 pub mod durable;
+pub mod files;
 pub mod format;
 pub mod host;
 pub mod image;

@@ -353,3 +353,23 @@ fn access_times_are_kept_on_demand() {
     assert_eq!(atime(mount.path()), atime(&source));
     assert_eq!(atime(&source).1, 222_222_222, "making an image does not count as access");
 }
+
+#[test]
+fn a_file_of_the_far_future_does_not_age_the_filesystem() {
+    let temp = tempfile::tempdir().unwrap();
+    let (source, image) = (temp.path().join("source"), temp.path().join("image"));
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("file"), "content").unwrap();
+    run(Command::new("touch").args(["-m", "-d", "2128-06-11 08:53:20 UTC"]).arg(source.join("file")));
+    run(Command::new("touch").args(["-m", "-d", "2021-01-01 01:01:01 UTC"]).arg(&source));
+    make(&source, &image, &options()).unwrap();
+    fsck_ext4(&image);
+    let inode =
+        run(Command::new("/sbin/debugfs").args(["-R", "stat lost+found"]).arg(&image).env("TZ", "UTC"));
+    assert!(inode.lines().any(|line| line.contains("mtime: ") && line.contains("2021")), "{inode}");
+    let superblock = run(Command::new("/sbin/dumpe2fs").arg("-h").arg(&image).env("TZ", "UTC"));
+    let made = superblock.lines().find(|line| line.starts_with("Filesystem created:")).unwrap();
+    assert!(made.ends_with("Jan  1 01:01:01 2021"), "{made}");
+    let file = run(Command::new("/sbin/debugfs").args(["-R", "stat file"]).arg(&image).env("TZ", "UTC"));
+    assert!(file.lines().any(|line| line.contains("mtime: ") && line.contains("2128")), "{file}");
+}

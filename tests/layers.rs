@@ -21,16 +21,18 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("cache", &["repo", "lock", "durable", "format", "units"]),
     ("device", &["delta", "cache", "repo", "store", "lock", "durable", "format", "units"]),
     ("volume", &["device", "delta", "cache", "repo", "store", "lock", "durable", "format", "units"]),
+    // Reads filesystems on devices and in versions.
+    ("files", &["device", "repo", "format", "units"]),
     ("nbd", &["volume", "device", "delta", "cache", "repo", "store", "lock", "durable", "format", "units"]),
     ("kernel", &["units"]),
     (
         "host",
         &[
-            "kernel", "nbd", "volume", "device", "delta", "cache", "repo", "store", "lock", "durable",
-            "format", "units",
+            "kernel", "nbd", "files", "volume", "device", "delta", "cache", "repo", "store", "lock",
+            "durable", "format", "units",
         ],
     ),
-    ("control", &["host", "kernel", "nbd", "volume", "repo", "store", "cache", "format", "units"]),
+    ("control", &["host", "kernel", "nbd", "files", "volume", "repo", "store", "cache", "format", "units"]),
 ];
 
 /// Where a layer may use only some items of another.

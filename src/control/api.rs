@@ -12,6 +12,8 @@ use crate::host::{self, JobStatus, VolumeStatus};
 use crate::units::ByteLen;
 use crate::volume::Prefetch;
 
+pub use super::files::{FilesRequest, FilesVerb, VolumeDiff};
+
 /// A volume to be made.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

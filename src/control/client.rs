@@ -15,7 +15,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::api::{Attach, CreateVolume, Failure, Job, Mount, Status, Unmount, Volume};
+use super::api::{
+    Attach, CreateVolume, Failure, FilesRequest, Job, Mount, Status, Unmount, Volume, VolumeDiff,
+};
+use super::stream::Streamed;
 
 /// How long the socket may take to be connected to: a daemon that lives accepts at once.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -59,6 +62,7 @@ impl ClientError {
                 Some("start it with 'horcrux-nbd serve', or give the --state-dir it runs on".to_owned())
             }
             ClientError::Refused(failure) => failure.hint.clone(),
+            ClientError::Broken(_) => Some("if the daemon still runs, its log says why".to_owned()),
             ClientError::Answer(_) => Some("use a client of the daemon's release".to_owned()),
             _ => None,
         }
@@ -167,6 +171,35 @@ impl Client {
         self.ask(Method::DELETE, &format!("/v1/jobs/{id}"), None::<&()>).await
     }
 
+    /// Asks about files of a volume; each piece of the answer may take as long as a request.
+    pub async fn files(&self, name: &str, wanted: &FilesRequest) -> Result<Streamed, ClientError> {
+        self.streamed(&format!("{}/files", volume_path(name)), wanted).await
+    }
+
+    /// Asks what changed in a volume.
+    pub async fn volume_diff(&self, name: &str, wanted: &VolumeDiff) -> Result<Streamed, ClientError> {
+        self.streamed(&format!("{}/diff", volume_path(name)), wanted).await
+    }
+
+    async fn streamed<Q: Serialize>(&self, path: &str, body: &Q) -> Result<Streamed, ClientError> {
+        let request = request(Method::POST, path, Some(body))?;
+        let stream = self.connect().await?;
+        let asked = async {
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+            let connection = tokio::spawn(connection);
+            let answer = sender.send_request(request).await?;
+            let (status, body) = (answer.status(), answer.into_body());
+            if status.is_success() {
+                return Ok(Streamed::new(body, self.limit, connection));
+            }
+            let read = Limited::new(body, MAX_ANSWER).collect().await;
+            let read = read.map_err(|error| ClientError::Answer(error.to_string()))?;
+            Err(refused(status, &read.to_bytes()))
+        };
+        tokio::time::timeout(self.limit, asked).await.map_err(|_| ClientError::TimedOut(self.limit))?
+    }
+
     async fn ask<Q: Serialize, A: DeserializeOwned>(
         &self,
         method: Method,
@@ -191,17 +224,7 @@ impl Client {
         path: &str,
         body: Option<&Q>,
     ) -> Result<(StatusCode, Bytes), ClientError> {
-        let body = match body {
-            Some(body) => serde_json::to_vec(body).map_err(|error| ClientError::Answer(error.to_string()))?,
-            None => Vec::new(),
-        };
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("host", "localhost")
-            .header("content-type", "application/json")
-            .body(Full::new(Bytes::from(body)))
-            .map_err(|error| ClientError::Answer(error.to_string()))?;
+        let request = request(method, path, body)?;
         let stream = self.connect().await?;
         let exchanged = async {
             let (mut sender, connection) =
@@ -231,6 +254,24 @@ impl Client {
         let connecting = tokio::time::timeout(CONNECT_LIMIT, UnixStream::connect(&self.socket));
         connecting.await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(failed)
     }
+}
+
+fn request<Q: Serialize>(
+    method: Method,
+    path: &str,
+    body: Option<&Q>,
+) -> Result<Request<Full<Bytes>>, ClientError> {
+    let body = match body {
+        Some(body) => serde_json::to_vec(body).map_err(|error| ClientError::Answer(error.to_string()))?,
+        None => Vec::new(),
+    };
+    Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", "localhost")
+        .header("content-type", "application/json")
+        .body(Full::new(Bytes::from(body)))
+        .map_err(|error| ClientError::Answer(error.to_string()))
 }
 
 fn parsed<A: DeserializeOwned>(answer: &[u8]) -> Result<A, ClientError> {

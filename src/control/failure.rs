@@ -6,6 +6,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
 use super::api::Failure;
+use crate::files::FilesError;
 use crate::host::HostError;
 use crate::kernel::KernelError;
 use crate::repo::RepoError;
@@ -49,6 +50,13 @@ impl Refused {
         )
     }
 
+    /// So many answers about files are under way that there was no turn.
+    pub fn busy(most: usize) -> Refused {
+        let error = format!("{most} answers about files are being read, and none ended within a minute");
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "busy", error)
+            .hint("end one: a pager may hold it; or read a version with --access")
+    }
+
     fn new(status: StatusCode, code: &str, error: impl ToString) -> Refused {
         Refused { status, failure: Failure { code: code.to_owned(), error: error.to_string(), hint: None } }
     }
@@ -69,6 +77,11 @@ impl From<HostError> for Refused {
     fn from(error: HostError) -> Refused {
         let (status, code) = kind(&error);
         let refused = Refused::new(status, code, &error);
+        if let HostError::Files { volume, source } = &error
+            && let Some(hint) = source.hint(&format!("horcrux-cli mount {volume} DIR"))
+        {
+            return refused.hint(&hint);
+        }
         match hint(&error) {
             Some(hint) => refused.hint(hint),
             None => refused,
@@ -95,6 +108,7 @@ fn kind(error: &HostError) -> (StatusCode, &'static str) {
         HostError::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
         HostError::Repo(error) | HostError::Volume(VolumeError::Repo(error)) => of_repository(error),
         HostError::Volume(error) => of_volume(error),
+        HostError::Files { source, .. } => of_files(source),
         HostError::NoFilesystem { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "no_filesystem"),
         HostError::NoJob { .. } => (StatusCode::NOT_FOUND, "no_job"),
         HostError::NotMounted { .. } => (StatusCode::CONFLICT, "not_mounted"),
@@ -102,6 +116,26 @@ fn kind(error: &HostError) -> (StatusCode, &'static str) {
         HostError::TooSlow { .. } => (StatusCode::GATEWAY_TIMEOUT, "repository_away"),
         HostError::Kernel(error) => of_kernel(error),
         HostError::Serve(_) | HostError::Flush { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+    }
+}
+
+fn of_files(error: &FilesError) -> (StatusCode, &'static str) {
+    match error {
+        FilesError::Repo(error) => of_repository(error),
+        FilesError::NotFound { .. } => (StatusCode::NOT_FOUND, "no_file"),
+        FilesError::NotADirectory { .. }
+        | FilesError::NotAFile { .. }
+        | FilesError::TooManyLinks { .. }
+        | FilesError::Encrypted { .. } => (StatusCode::BAD_REQUEST, "bad_path"),
+        FilesError::Xfs | FilesError::NoFilesystem | FilesError::Unsupported { .. } => {
+            (StatusCode::UNPROCESSABLE_ENTITY, "no_filesystem")
+        }
+        FilesError::Damaged { .. } | FilesError::OutOfRange { .. } => {
+            (StatusCode::UNPROCESSABLE_ENTITY, "damaged")
+        }
+        FilesError::TooMany { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "too_many"),
+        FilesError::Device(_) => (StatusCode::BAD_GATEWAY, "repository"),
+        _ => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
     }
 }
 

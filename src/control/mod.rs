@@ -6,10 +6,12 @@
 pub mod api;
 pub mod client;
 mod failure;
+mod files;
 mod listener;
 mod metrics;
 mod routes;
 mod server;
+mod stream;
 mod tls;
 mod token;
 
@@ -17,6 +19,7 @@ pub use client::{Client, ClientError, Made};
 pub use listener::{Listener, bind};
 pub use routes::router;
 pub use server::serve;
+pub use stream::Streamed;
 pub use tls::{TlsError, TlsFiles};
 pub use token::{Token, TokenError, guarded};
 

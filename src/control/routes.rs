@@ -13,13 +13,14 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderName, Method, StatusCode, Uri};
 use axum::routing::get;
 use axum::{Json, Router};
+use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::api::{Attach, CacheStatus, CreateVolume, Failure, Job, Mount, Status, Unmount, Volume};
 use super::failure::Refused;
-use super::metrics;
+use super::{files, metrics};
 use crate::host::{Host, HostError};
 use crate::units::ByteLen;
 use crate::volume::{NewVolume, VolumeName};
@@ -36,8 +37,10 @@ struct Document;
 
 /// What every handler may use.
 #[derive(Clone)]
-struct Shared {
-    host: Arc<Host>,
+pub(super) struct Shared {
+    pub(super) host: Arc<Host>,
+    /// Who reads files; others wait.
+    pub(super) readers: Arc<Semaphore>,
     started: Instant,
 }
 
@@ -53,6 +56,8 @@ pub fn router(host: Arc<Host>) -> Router {
         .routes(routes!(unmount))
         .routes(routes!(pin))
         .routes(routes!(unpin))
+        .routes(routes!(files::files))
+        .routes(routes!(files::diff))
         .routes(routes!(jobs))
         .routes(routes!(job, cancel))
         .routes(routes!(figures))
@@ -64,7 +69,11 @@ pub fn router(host: Arc<Host>) -> Router {
             Refused::no_route(method.as_str(), uri.path())
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
-        .with_state(Shared { host, started: Instant::now() })
+        .with_state(Shared {
+            host,
+            readers: Arc::new(Semaphore::new(files::MOST_READERS)),
+            started: Instant::now(),
+        })
 }
 
 /// Brings something to its end whether or not the client waits for it.
@@ -83,7 +92,7 @@ async fn looked_at<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static)
     tokio::task::spawn_blocking(look).await.map_err(|_| Refused::internal())
 }
 
-fn name_of(text: &str) -> Result<VolumeName, Refused> {
+pub(super) fn name_of(text: &str) -> Result<VolumeName, Refused> {
     text.parse().map_err(Refused::bad_request)
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::device::DeviceError;
+use crate::files::FilesError;
 use crate::kernel::KernelError;
 use crate::nbd::ServeError;
 use crate::repo::RepoError;
@@ -52,6 +53,14 @@ pub enum HostError {
         volume: String,
         /// The reason.
         source: Box<DeviceError>,
+    },
+    /// The volume's files can't be read.
+    #[error("{volume}: {source}")]
+    Files {
+        /// The volume.
+        volume: String,
+        /// The reason.
+        source: Box<FilesError>,
     },
     /// There is nothing on the volume that could be mounted.
     #[error("volume {volume} has no filesystem that is known here: neither ext4 nor XFS")]

@@ -5,6 +5,7 @@
 
 mod attach;
 mod error;
+mod files;
 mod jobs;
 mod mount;
 mod repositories;
@@ -20,6 +21,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 pub use error::HostError;
+pub use files::Compared;
 use jobs::Jobs;
 pub use jobs::{JobState, JobStatus};
 use repositories::Repositories;

@@ -55,9 +55,10 @@ pub(crate) fn times(entry: &Entry, keep_atime: bool) -> Times {
     Times { atime: if keep_atime { clamp(entry.atime) } else { mtime }, mtime }
 }
 
-/// The superblock's times: the newest in the tree, as 32 unsigned bits.
+/// The superblock's times and those of `lost+found`: the directory's own, as 32 unsigned bits. Not the newest in the tree: one file of the far future would have the filesystem made in 2106, which
+/// e2fsck takes for a fault, and each changed file would change the superblock.
 pub(crate) fn epoch(tree: &Tree) -> i64 {
-    tree.newest().sec.clamp(0, i64::from(u32::MAX))
+    tree.entry(ROOT).stamp.mtime.sec.clamp(0, i64::from(u32::MAX))
 }
 
 /// What ext4 itself can't hold, whoever writes it; and notes on what it drops.

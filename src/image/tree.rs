@@ -229,10 +229,4 @@ impl Tree {
         let relative = self.relative_path(id);
         if relative.as_os_str().is_empty() { self.at.clone() } else { self.at.join(relative) }
     }
-
-    /// The newest modification time in the tree.
-    pub(crate) fn newest(&self) -> Time {
-        let times = self.entries.iter().map(|entry| entry.stamp.mtime);
-        times.max().unwrap_or(Time { sec: 0, nsec: 0 })
-    }
 }

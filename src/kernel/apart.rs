@@ -30,6 +30,7 @@ enum Task {
     Mount { device: PathBuf, kind: Kind, dir: PathBuf, read_only: bool },
     Unmount { dir: PathBuf },
     Flush { index: u32 },
+    Sync { dir: PathBuf },
 }
 
 /// What the other process says, in one line: for a mount nothing, else whether there was something to do it to.
@@ -48,6 +49,11 @@ pub async fn mount_device(
 /// Unmounts what is on top of a directory; `false` where nothing is mounted there.
 pub async fn unmount_dir(dir: &Path) -> Result<bool, KernelError> {
     done(&Task::Unmount { dir: dir.to_owned() }).await
+}
+
+/// Has what is mounted on a directory bring to its device what it holds in memory.
+pub async fn sync_dir(dir: &Path) -> Result<(), KernelError> {
+    done(&Task::Sync { dir: dir.to_owned() }).await.map(drop)
 }
 
 /// A device that is flushed, and that nobody can mount until this is let go.
@@ -117,6 +123,7 @@ impl Task {
             Task::Mount { .. } => "mount",
             Task::Unmount { .. } => "unmount",
             Task::Flush { .. } => "flush",
+            Task::Sync { .. } => "sync",
         }
     }
 }
@@ -130,6 +137,7 @@ pub fn perform(task: &str) -> ExitCode {
             while_busy(&device, || mount::mount_device(&device, kind, &dir, read_only)).map(|()| true)
         }
         Task::Unmount { dir } => mount::unmount_dir(&dir),
+        Task::Sync { dir } => mount::sync_dir(&dir).map(|()| true),
         Task::Flush { index } => {
             while_busy(&device::path_of(index), || device::claim(index)).and_then(|device| {
                 let flushed = device::flush(&device, index);

@@ -114,6 +114,12 @@ pub(super) fn unmount_dir(dir: &Path) -> Result<bool, KernelError> {
     }
 }
 
+/// Brings to its device what the filesystem on a directory holds in memory. Waits for the device.
+pub(super) fn sync_dir(dir: &Path) -> Result<(), KernelError> {
+    let synced = fs::File::open(dir).and_then(|dir| Ok(rustix::fs::syncfs(dir)?));
+    synced.map_err(KernelError::of("sync", Some(dir.to_owned())))
+}
+
 /// Where a device is mounted, in this process's view of the mounts.
 pub fn mounts_of(device: &Path) -> Result<Vec<PathBuf>, KernelError> {
     Ok(mounts_in(&mount_table()?, device))

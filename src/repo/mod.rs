@@ -6,12 +6,14 @@
 //!
 //! - [`repository`]: make and open one, list, resolve, move refs.
 //! - [`sync`]: a repository copied to another place.
+//! - [`compare`]: where two commits differ.
 //! - [`version`]: one opened commit: chunk tables by block, chunks by location.
 //! - [`writer`]: a stream of bytes to a new commit.
 //! - [`map_builder`]: a map from a parent's map and the blocks that changed.
 
 pub mod block_writer;
 mod clock_cache;
+pub mod compare;
 pub mod error;
 pub mod fetch;
 mod flights;

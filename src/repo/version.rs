@@ -168,7 +168,8 @@ impl Version {
         self.inner.meta.read(id.0, &keys::object(&self.inner.image, &object), Some(range), check).await
     }
 
-    async fn node(&self, id: NodeId, level: u8) -> Result<Arc<MapNode>, RepoError> {
+    /// A node of its map.
+    pub(super) async fn node(&self, id: NodeId, level: u8) -> Result<Arc<MapNode>, RepoError> {
         if let Some(node) = self.inner.nodes.get(&id) {
             return Ok(node);
         }

@@ -10,11 +10,17 @@ macro_rules! say {
 }
 
 mod cache;
+mod changes;
+mod compare;
 mod copies;
+mod files;
 mod image;
+mod json;
+mod listing;
 mod place;
 mod prefetch;
 mod progress;
+mod sources;
 mod sync;
 mod volume;
 
@@ -59,6 +65,16 @@ enum Command {
     Umount(volume::UmountCommand),
     /// Say how the daemon is
     Status(volume::StatusCommand),
+    /// List files of a version or a volume, without mounting it
+    Ls(files::LsCommand),
+    /// Print a file of a version or a volume
+    Cat(files::CatCommand),
+    /// Write files of a version or a volume as a tar archive (sockets are left out)
+    Export(files::ExportCommand),
+    /// Say which files changed, in a volume or between two versions
+    Diff(compare::DiffCommand),
+    /// Show a commit, and which files it changed
+    Show(compare::ShowCommand),
     /// Copy a repository, or one image of it, to another place: what is missing there
     Sync(sync::Sync),
     /// Write man pages and shell completions, for packages
@@ -85,6 +101,11 @@ fn main() -> ExitCode {
         Command::Umount(command) => end(command.run(), volume::Error::hint),
         Command::Detach(command) => end(command.run(), volume::Error::hint),
         Command::Status(command) => end(command.run(), volume::Error::hint),
+        Command::Ls(command) => end(command.run(), files::Error::hint),
+        Command::Cat(command) => end(command.run(), files::Error::hint),
+        Command::Export(command) => end(command.run(), files::Error::hint),
+        Command::Diff(command) => end(command.run(), files::Error::hint),
+        Command::Show(command) => end(command.run(), files::Error::hint),
         Command::Sync(command) => end(command.run(), sync::Error::hint),
         Command::Manual { dir } => end(horcrux::manual::write(Args::command(), &dir), |_| None),
     }
