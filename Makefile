@@ -77,7 +77,7 @@ install: manual
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)/etc/modules-load.d $(DESTDIR)/etc/modprobe.d \
 		$(DESTDIR)/etc/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
-	install -m 755 $(addprefix $(BUILT)/,$(PROGRAMS)) $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(addprefix $(BUILT)/,$(PROGRAMS) git-horcrux) $(DESTDIR)$(PREFIX)/bin
 	install -m 644 target/manual/man/*.1.gz $(DESTDIR)$(PREFIX)/share/man/man1
 	for program in $(PROGRAMS); do \
 		install -m 644 target/manual/bash/$$program.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$program; \

@@ -10,15 +10,20 @@ use clap_complete::Shell;
 /// Writes a page for the program and each of its subcommands to `DIR/man`, and completions to `DIR/bash`, `DIR/zsh` and `DIR/fish`.
 pub fn write(command: clap::Command, dir: &Path) -> io::Result<()> {
     let name = command.get_name().to_owned();
-    let pages = dir.join("man");
-    std::fs::create_dir_all(&pages)?;
-    clap_mangen::generate_to(command.clone(), &pages)?;
+    write_pages(command.clone(), dir)?;
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         let scripts = dir.join(shell.to_string());
         std::fs::create_dir_all(&scripts)?;
         clap_complete::generate_to(shell, &mut command.clone(), &name, &scripts)?;
     }
     Ok(())
+}
+
+/// Writes the pages alone: for a program by another name.
+pub fn write_pages(command: clap::Command, dir: &Path) -> io::Result<()> {
+    let pages = dir.join("man");
+    std::fs::create_dir_all(&pages)?;
+    clap_mangen::generate_to(command, &pages)
 }
 
 #[cfg(test)]

@@ -163,7 +163,7 @@ fn an_image_of_holes_has_no_map_and_costs_nothing() {
     writer.hole(ByteLen(1 << 40)).unwrap();
     writer.data(&[0; 300_000]).unwrap();
     writer.finish(meta()).unwrap();
-    assert_eq!(counting.count(Method::PutNew).requests, 1, "a commit and nothing else");
+    assert_eq!(counting.count(Method::PutNew).requests, 2, "a hold and a commit, and nothing else");
     runtime.block_on(async {
         let version = open(&repo, &image("a"), "main").await.unwrap();
         assert_eq!(version.commit().map, MapRoot::Zero);

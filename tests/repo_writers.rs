@@ -117,7 +117,7 @@ fn a_writer_reads_little_of_what_it_writes_again() {
     write(&runtime, &repo, &image("a"), &bytes, small_params(bytes.len())).unwrap();
     counting.reset();
     write(&runtime, &repo, &image("a"), &bytes, small_params(bytes.len())).unwrap();
-    assert_eq!(counting.bytes_written(), 0);
+    assert!(counting.bytes_written() < 300, "a hold and nothing else: {}", counting.bytes_written());
     assert!(counting.bytes_read() < 200_000, "{}", counting.bytes_read());
 }
 

@@ -119,6 +119,104 @@ pub enum RepoError {
         /// The commits.
         matches: Vec<String>,
     },
+    /// A name that a branch and a tag have.
+    #[error(
+        "'{name}' of {image} is two things: a branch at {branch} and a tag of {tag}; hint: say 'heads/{name}' or 'tags/{name}'"
+    )]
+    TwoThings {
+        /// The image.
+        image: String,
+        /// The name.
+        name: String,
+        /// Where the branch is.
+        branch: CommitId,
+        /// What the tag names.
+        tag: CommitId,
+    },
+    /// No such branch.
+    #[error("no branch '{branch}' in {image}; {}", there_are(.has))]
+    NoBranch {
+        /// The image.
+        image: String,
+        /// The name asked for.
+        branch: String,
+        /// The branches there are.
+        has: Vec<String>,
+    },
+    /// No such tag.
+    #[error("no tag '{tag}' in {image}; {}", there_are(.has))]
+    NoTag {
+        /// The image.
+        image: String,
+        /// The name asked for.
+        tag: String,
+        /// The tags there are.
+        has: Vec<String>,
+    },
+    /// A new name that is taken.
+    #[error("{image} has a {kind} '{name}' already, at {commit}")]
+    NameTaken {
+        /// The image.
+        image: String,
+        /// What it is the name of.
+        kind: &'static str,
+        /// The name.
+        name: String,
+        /// What it names.
+        commit: CommitId,
+    },
+    /// A branch that no other ref has the commits of.
+    #[error("{image}@{branch} is not merged: no other branch or tag has its commit {commit}")]
+    NotMerged {
+        /// The image.
+        image: String,
+        /// The branch.
+        branch: String,
+        /// Where it is.
+        commit: CommitId,
+    },
+    /// A tag that is protected from deletion.
+    #[error("tag '{tag}' of {image} is protected")]
+    Protected {
+        /// The image.
+        image: String,
+        /// The tag.
+        tag: String,
+    },
+    /// What was relied on was deleted by a gc before it was known to be needed.
+    #[error("{place}: {key} was deleted by a gc while it was needed again; nothing was named")]
+    Swept {
+        /// The store.
+        place: String,
+        /// The object.
+        key: Key,
+    },
+    /// A gc that is deleting what is needed does not come to its end.
+    #[error("{place}: a gc is deleting what is needed here ({key}), and is not done")]
+    SweepUnderWay {
+        /// The store.
+        place: String,
+        /// The condemned list.
+        key: Key,
+    },
+    /// A hold was not renewed in time, or was taken away.
+    #[error(
+        "{place}: the hold {key} lapsed, so a gc may have taken what was written since; nothing was named"
+    )]
+    HoldLapsed {
+        /// The store.
+        place: String,
+        /// The hold.
+        key: Key,
+    },
+    /// A history longer than is looked at.
+    #[error("the history of {image} has more than {max} commits")]
+    TooLong {
+        /// The image.
+        image: String,
+        /// The bound.
+        max: usize,
+    },
     /// `REF~N` goes further back than the history.
     #[error("{image}@{reference} is not there: the history goes back {depth} commits only")]
     NoAncestor {

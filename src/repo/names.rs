@@ -10,6 +10,8 @@ use crate::store::key::MAX_SEGMENT_BYTES;
 
 /// The branch that is meant where none is named.
 pub const DEFAULT_BRANCH: &str = "main";
+/// git's word for what is checked out; in a repository, the default branch. No branch or tag is made with this name.
+pub const HEAD: &str = "HEAD";
 /// The furthest `~N` goes back.
 pub const MAX_BACK: u32 = 1_000_000;
 /// The shortest start of a commit's id that stands for it.
@@ -84,14 +86,38 @@ impl Default for BranchName {
     }
 }
 
-/// What follows the `@`: a branch, a tag or the start of a commit's id, and how many commits to go back from there.
+/// What a name is said to be the name of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RefKind {
+    /// `heads/NAME`.
+    Branch,
+    /// `tags/NAME`.
+    Tag,
+}
+
+impl RefKind {
+    fn prefix(self) -> &'static str {
+        match self {
+            RefKind::Branch => "heads/",
+            RefKind::Tag => "tags/",
+        }
+    }
+}
+
+/// What follows the `@`: a branch, a tag or the start of a commit's id, and how many commits to go back from there. `heads/` or `tags/` before it says which it is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Reference {
+    kind: Option<RefKind>,
     name: String,
     back: u32,
 }
 
 impl Reference {
+    /// Whether it is said to be a branch or a tag.
+    pub fn kind(&self) -> Option<RefKind> {
+        self.kind
+    }
+
     /// The name before any `~`.
     pub fn name(&self) -> &str {
         &self.name
@@ -105,7 +131,7 @@ impl Reference {
 
 impl Default for Reference {
     fn default() -> Reference {
-        Reference { name: DEFAULT_BRANCH.into(), back: 0 }
+        Reference { kind: None, name: DEFAULT_BRANCH.into(), back: 0 }
     }
 }
 
@@ -131,13 +157,17 @@ impl FromStr for Reference {
                 )
             }
         };
+        let kinds = [RefKind::Branch, RefKind::Tag];
+        let said = kinds.into_iter().find_map(|kind| Some((kind, name.strip_prefix(kind.prefix())?)));
+        let (kind, name) = said.map_or((None, name), |(kind, name)| (Some(kind), name));
         check(KIND, name)?;
-        Ok(Reference { name: name.to_owned(), back })
+        Ok(Reference { kind, name: name.to_owned(), back })
     }
 }
 
 impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.kind.map_or("", RefKind::prefix))?;
         f.write_str(&self.name)?;
         if self.back > 0 { write!(f, "~{}", self.back) } else { Ok(()) }
     }
@@ -202,6 +232,8 @@ mod tests {
             ("AMCC@main~3", "AMCC", "main", 3),
             ("AMCC@main~", "AMCC", "main", 1),
             ("a@0123abcd", "a", "0123abcd", 0),
+            ("a@heads/v1~2", "a", "v1", 2),
+            ("a@tags/v1", "a", "v1", 0),
         ] {
             let spec: RefSpec = text.parse().unwrap();
             assert_eq!(
@@ -209,8 +241,20 @@ mod tests {
                 (image, name, back)
             );
         }
-        for bad in ["@main", "a@", "a@b@c", "a@~1", "a@b~x", "a@b~-1", "a@b~9999999999", "a@b~1~2", "a@../x"]
-        {
+        assert_eq!("heads/b".parse::<Reference>().unwrap().kind(), Some(RefKind::Branch));
+        for bad in [
+            "@main",
+            "a@",
+            "a@b@c",
+            "a@~1",
+            "a@b~x",
+            "a@b~-1",
+            "a@b~9999999999",
+            "a@b~1~2",
+            "a@../x",
+            "a@heads/",
+            "a@heads/b/c",
+        ] {
             assert!(bad.parse::<RefSpec>().is_err(), "{bad}");
         }
     }

@@ -9,7 +9,10 @@ use std::sync::Arc;
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::meta::{MetaCache, NoMetaCache, named_object_error};
-use super::{BranchName, ImageName, RepoError, Repository, TagName, Version, VersionOptions, keys};
+use super::{
+    BranchName, History, Hold, HoldOptions, ImageName, RepoError, Repository, TagName, Version,
+    VersionOptions, keys,
+};
 use crate::format::{CommitId, FormatError};
 use crate::store::{Key, KeyPrefix, Store, StoreError};
 use crate::units::{BlockIndex, ByteLen};
@@ -20,8 +23,6 @@ const AT_ONCE: usize = 4;
 const PIECE: u64 = 4 << 20;
 /// Keys of one page of a listing.
 const PAGE: usize = 1000;
-/// Commits walked to find out whether a branch only moves forward.
-const MAX_HISTORY: usize = 100_000;
 
 /// What was done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -58,7 +59,12 @@ pub async fn sync(
     let mut report = SyncReport::default();
     for image in images {
         report.images += 1;
-        Copying { from, to, image, progress }.run(&mut report).await?;
+        // Before it is looked at what is there: a gc there must not take what is relied on.
+        let holder = format!("a copy from {}, process {}", from.describe(), std::process::id());
+        let hold = Hold::push(to, &image, HoldOptions::new(holder)).await?;
+        let copied = Copying { from, to, image, hold: &hold, progress }.run(&mut report).await;
+        hold.release().await;
+        copied?;
     }
     Ok(report)
 }
@@ -67,6 +73,7 @@ struct Copying<'s> {
     from: &'s Repository,
     to: &'s Repository,
     image: ImageName,
+    hold: &'s Hold,
     progress: &'s (dyn Fn(ByteLen) + Send + Sync),
 }
 
@@ -245,7 +252,8 @@ impl Copying<'_> {
                 return Ok(());
             }
         }
-        self.to.update_branch(&self.image, branch, there.as_ref(), commit).await?;
+        self.keep(commit).await?;
+        self.hold.settled(self.to.update_branch(&self.image, branch, there.as_ref(), commit).await)?;
         report.refs += 1;
         Ok(())
     }
@@ -264,25 +272,21 @@ impl Copying<'_> {
             }
             None => {}
         }
-        self.to.create_tag(&self.image, tag, commit).await?;
+        self.keep(commit).await?;
+        self.hold.settled(self.to.create_tag(&self.image, tag, commit).await)?;
         report.refs += 1;
         Ok(())
+    }
+
+    /// That all a name is about to stand for stays there: it was there already, or was copied.
+    async fn keep(&self, commit: CommitId) -> Result<(), RepoError> {
+        self.hold.rescue(&[commit], None).await?;
+        self.hold.check()
     }
 
     /// Whether `old` is in the history of `new`, by what the other place has.
     async fn is_ancestor(&self, old: CommitId, new: CommitId) -> Result<bool, RepoError> {
         let meta: Arc<dyn MetaCache> = Arc::new(NoMetaCache);
-        let mut seen = HashSet::new();
-        let mut next = vec![new];
-        while let Some(id) = next.pop() {
-            if id == old {
-                return Ok(true);
-            }
-            if seen.len() == MAX_HISTORY || !seen.insert(id) {
-                continue;
-            }
-            next.extend(self.to.commit(&self.image, id, &meta).await?.parents);
-        }
-        Ok(false)
+        History::new(self.to, &self.image, [new], meta).has(old).await
     }
 }

@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -107,6 +107,15 @@ async fn blocking<T: Send + 'static>(
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
         Err(_) => Err(cancelled()),
     }
+}
+
+/// An entry of a directory that can be a part of a key.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Entry {
+    name: String,
+    is_dir: bool,
+    len: u64,
+    modified: Option<SystemTime>,
 }
 
 /// Opens a file for reading; tells its length.
@@ -319,8 +328,8 @@ impl Inner {
         }
     }
 
-    /// The entries of a directory that can be parts of keys: (segment, whether it is a directory, length), unordered.
-    fn entries(&self, dir: &Path) -> Result<Vec<(String, bool, u64)>, StoreError> {
+    /// The entries of a directory that can be parts of keys, unordered.
+    fn entries(&self, dir: &Path) -> Result<Vec<Entry>, StoreError> {
         let fail = |error| self.error("list", dir, error);
         let reader = match std::fs::read_dir(dir) {
             Ok(reader) => reader,
@@ -341,8 +350,17 @@ impl Inner {
             }
             // Links are not followed: a listing stays inside the directory and ends.
             match unless_stale(|| entry.metadata()) {
-                Ok(meta) if meta.is_dir() => entries.push((name, true, 0)),
-                Ok(meta) if meta.is_file() => entries.push((name, false, meta.len())),
+                Ok(meta) if meta.is_dir() => {
+                    entries.push(Entry { name, is_dir: true, len: 0, modified: None })
+                }
+                Ok(meta) if meta.is_file() => {
+                    entries.push(Entry {
+                        name,
+                        is_dir: false,
+                        len: meta.len(),
+                        modified: meta.modified().ok(),
+                    });
+                }
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(fail(error)),
@@ -361,8 +379,8 @@ impl Inner {
         out: &mut Vec<Listed>,
     ) -> Result<(), StoreError> {
         let dir = if above.is_empty() { self.root.clone() } else { self.root.join(above) };
-        let mut entries: Vec<(String, bool, u64)> = self.entries(&dir)?;
-        for (name, is_dir, _) in &mut entries {
+        let mut entries = self.entries(&dir)?;
+        for Entry { name, is_dir, .. } in &mut entries {
             name.insert_str(0, above);
             if *is_dir {
                 // With its slash a directory sorts where its objects do: "a-b" < "a/b" < "ab".
@@ -370,7 +388,7 @@ impl Inner {
             }
         }
         entries.sort_unstable();
-        for (name, is_dir, len) in entries {
+        for Entry { name, is_dir, len, modified } in entries {
             if out.len() > limit {
                 break;
             }
@@ -383,7 +401,7 @@ impl Inner {
             if is_dir {
                 self.walk(&name, prefix, after, limit, out)?;
             } else if let Ok(key) = Key::new(&name) {
-                out.push(Listed { key, len });
+                out.push(Listed { key, len, modified });
             }
         }
         Ok(())
@@ -516,7 +534,7 @@ impl Store for DirStore {
         let (dir, after) = (dir.clone(), after.map(str::to_owned));
         blocking(&self.inner, "list", move |inner| {
             let entries = inner.entries(&inner.root.join(dir.as_str()))?;
-            let names = entries.into_iter().map(|(name, ..)| name);
+            let names = entries.into_iter().map(|entry| entry.name);
             let mut items: Vec<String> =
                 names.filter(|name| after.as_ref().is_none_or(|after| name > after)).collect();
             items.sort_unstable();

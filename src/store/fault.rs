@@ -59,6 +59,8 @@ struct Schedule {
 struct Plan {
     rules: Vec<Rule>,
     schedule: Option<Schedule>,
+    /// The state of a seed, and the longest delay.
+    jitter: Option<(u64, Duration)>,
     injected: u64,
 }
 
@@ -92,11 +94,17 @@ impl FaultStore {
         self.plan.lock().schedule = Some(Schedule { state: seed, per_mille });
     }
 
+    /// Delays requests and answers by up to `most` each, half of them not at all, by chance from `seed`.
+    pub fn jitter(&self, seed: u64, most: Duration) {
+        self.plan.lock().jitter = Some((seed, most));
+    }
+
     /// Lets everything pass from now on.
     pub fn heal(&self) {
         let mut plan = self.plan.lock();
         plan.rules.clear();
         plan.schedule = None;
+        plan.jitter = None;
     }
 
     /// How many faults there were.
@@ -137,6 +145,19 @@ impl Plan {
         }
         self.injected += u64::from(chosen.is_some());
         chosen
+    }
+}
+
+/// Waits as the plan's jitter has it.
+async fn jitter(plan: &SharedPlan) {
+    let delay = plan.lock().jitter.as_mut().map(|(state, most)| {
+        let chance = next(state) % 2000;
+        most.mul_f64(chance.saturating_sub(1000) as f64 / 1000.0)
+    });
+    match delay {
+        None => {}
+        Some(Duration::ZERO) => tokio::task::yield_now().await,
+        Some(delay) => tokio::time::sleep(delay).await,
     }
 }
 
@@ -185,7 +206,9 @@ async fn faulty<T>(
         Some(Fault::Slow(delay)) => tokio::time::sleep(delay).await,
         _ => {}
     }
+    jitter(plan).await;
     let value = request.await?;
+    jitter(plan).await;
     if fault == Some(Fault::FailAfter) { Err(lost()) } else { Ok((value, fault)) }
 }
 

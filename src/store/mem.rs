@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::ops::{Bound, Range};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -14,7 +15,23 @@ use super::{Etag, Key, KeyPrefix, Listed, MAX_WHOLE_OBJECT, Page, Store, StoreEr
 
 const NAME: &str = "memory";
 
-type Objects = Arc<Mutex<BTreeMap<Key, Bytes>>>;
+/// The objects, and when each was written.
+#[derive(Debug, Default)]
+struct Content {
+    objects: BTreeMap<Key, Bytes>,
+    written: BTreeMap<Key, SystemTime>,
+    /// How far the store's clock is before the system's.
+    ahead: Duration,
+}
+
+impl Content {
+    fn insert(&mut self, key: &Key, body: Bytes) {
+        self.objects.insert(key.clone(), body);
+        self.written.insert(key.clone(), SystemTime::now() + self.ahead);
+    }
+}
+
+type Objects = Arc<Mutex<Content>>;
 
 /// A store in memory. Clones are the same store.
 #[derive(Clone, Debug, Default)]
@@ -38,26 +55,36 @@ impl MemStore {
 
     /// Puts bytes under a key whatever was there: what bit rot and mischief do.
     pub fn overwrite(&self, key: &Key, bytes: impl Into<Bytes>) {
-        self.objects.lock().insert(key.clone(), bytes.into());
+        self.objects.lock().insert(key, bytes.into());
     }
 
     /// Every key and content.
     pub fn dump(&self) -> BTreeMap<Key, Bytes> {
-        self.objects.lock().clone()
+        self.objects.lock().objects.clone()
+    }
+
+    /// Puts the store's clock forward.
+    pub fn pass(&self, time: Duration) {
+        self.objects.lock().ahead += time;
     }
 }
 
 fn put_new(objects: &Objects, key: &Key, body: Bytes) -> Result<(), StoreError> {
-    match objects.lock().entry(key.clone()).or_insert_with(|| body.clone()) {
-        there if *there == body => Ok(()),
-        _ => Err(StoreError::AlreadyExists { store: NAME.into(), key: key.clone() }),
+    let mut content = objects.lock();
+    match content.objects.get(key) {
+        None => {
+            content.insert(key, body);
+            Ok(())
+        }
+        Some(there) if *there == body => Ok(()),
+        Some(_) => Err(StoreError::AlreadyExists { store: NAME.into(), key: key.clone() }),
     }
 }
 
 #[async_trait]
 impl Store for MemStore {
     async fn get(&self, key: &Key) -> Result<(Bytes, Etag), StoreError> {
-        let body = self.objects.lock().get(key).cloned().ok_or_else(|| not_found(key))?;
+        let body = self.objects.lock().objects.get(key).cloned().ok_or_else(|| not_found(key))?;
         if body.len() as u64 > MAX_WHOLE_OBJECT {
             return Err(StoreError::TooLong {
                 store: NAME.into(),
@@ -71,7 +98,7 @@ impl Store for MemStore {
     }
 
     async fn get_range(&self, key: &Key, range: Range<u64>) -> Result<Bytes, StoreError> {
-        let body = self.objects.lock().get(key).cloned().ok_or_else(|| not_found(key))?;
+        let body = self.objects.lock().objects.get(key).cloned().ok_or_else(|| not_found(key))?;
         super::dir::check_range(NAME, key, &range, body.len() as u64)?;
         Ok(body.slice(range.start as usize..range.end as usize))
     }
@@ -90,13 +117,13 @@ impl Store for MemStore {
         expected: Option<&Etag>,
         new: Bytes,
     ) -> Result<Etag, StoreError> {
-        let mut objects = self.objects.lock();
-        let current = objects.get(key).map(|body| etag_of(body));
+        let mut content = self.objects.lock();
+        let current = content.objects.get(key).map(|body| etag_of(body));
         if current.as_ref() != expected {
             return Err(StoreError::Conflict { store: NAME.into(), key: key.clone() });
         }
         let etag = etag_of(&new);
-        objects.insert(key.clone(), new);
+        content.insert(key, new);
         Ok(etag)
     }
 
@@ -106,12 +133,17 @@ impl Store for MemStore {
         after: Option<&Key>,
         limit: usize,
     ) -> Result<Page<Listed>, StoreError> {
-        let objects = self.objects.lock();
+        let content = self.objects.lock();
         let lower = after.map_or(Bound::Unbounded, Bound::Excluded);
-        let mut matching = objects
+        let mut matching = content
+            .objects
             .range((lower, Bound::Unbounded))
             .filter(|(key, _)| key.as_str().starts_with(prefix.as_str()))
-            .map(|(key, body)| Listed { key: key.clone(), len: body.len() as u64 });
+            .map(|(key, body)| Listed {
+                key: key.clone(),
+                len: body.len() as u64,
+                modified: content.written.get(key).copied(),
+            });
         let items = matching.by_ref().take(limit).collect();
         Ok(Page { items, more: matching.next().is_some() })
     }
@@ -122,8 +154,8 @@ impl Store for MemStore {
         after: Option<&str>,
         limit: usize,
     ) -> Result<Page<String>, StoreError> {
-        let objects = self.objects.lock();
-        let below = objects.keys().filter_map(|key| key.as_str().strip_prefix(dir.as_str()));
+        let content = self.objects.lock();
+        let below = content.objects.keys().filter_map(|key| key.as_str().strip_prefix(dir.as_str()));
         let segments: std::collections::BTreeSet<&str> = below
             .filter_map(|rest| rest.split('/').next())
             .filter(|segment| after.is_none_or(|after| *segment > after))
@@ -133,12 +165,14 @@ impl Store for MemStore {
     }
 
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
-        self.objects.lock().remove(key);
+        let mut content = self.objects.lock();
+        content.objects.remove(key);
+        content.written.remove(key);
         Ok(())
     }
 
     async fn occupant(&self) -> Result<Option<String>, StoreError> {
-        Ok(self.objects.lock().keys().next().map(Key::to_string))
+        Ok(self.objects.lock().objects.keys().next().map(Key::to_string))
     }
 
     fn describe(&self) -> String {

@@ -20,6 +20,7 @@ pub mod url;
 
 use std::fmt;
 use std::ops::Range;
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -68,6 +69,9 @@ pub struct Listed {
     pub key: Key,
     /// Its length in bytes.
     pub len: u64,
+    /// When it was written, by the clock of whoever keeps the store, to the second or finer; `None` where it does not tell. Good for saying how long ago that was by the
+    /// same clock, and for nothing else.
+    pub modified: Option<SystemTime>,
 }
 
 /// A part of a listing.

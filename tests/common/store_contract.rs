@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures_util::future::join_all;
@@ -29,6 +30,7 @@ pub async fn run<F: Future<Output = Arc<dyn Store>>>(open: impl Fn() -> F) {
     racing_puts_have_one_content(&many).await;
     readers_of_a_moving_object_see_it_whole(&many).await;
     listings_keep_an_order_and_pages_join(&*open().await).await;
+    a_listing_tells_when_an_object_was_written_last(&*open().await).await;
     an_object_too_long_to_read_whole_is_refused(&*open().await).await;
 }
 
@@ -273,6 +275,36 @@ async fn listings_keep_an_order_and_pages_join(store: &dyn Store) {
         assert_eq!(got, ["Z", "a", "a-b", "a.b", "ab", "b"]);
     }
     assert!(store.children(&prefix("ls/none/"), None, 10).await.unwrap().items.is_empty());
+}
+
+async fn modified(store: &dyn Store, object: &Key) -> SystemTime {
+    let page = store.list(&prefix("times/"), None, 10).await.unwrap();
+    let listed = page.items.into_iter().find(|listed| listed.key == *object).unwrap();
+    listed.modified.expect("the store's clock says when")
+}
+
+async fn a_listing_tells_when_an_object_was_written_last(store: &dyn Store) {
+    let (still, moving) = (key("times/still"), key("times/moving"));
+    store.put_new(&still, Bytes::from_static(b"still")).await.unwrap();
+    let mut tag = store.compare_and_swap(&moving, None, Bytes::from_static(b"0")).await.unwrap();
+    let (written, first) = (modified(store, &still).await, modified(store, &moving).await);
+    assert!(first.duration_since(written).unwrap_or_default() < Duration::from_secs(60));
+    // Swapped until its time shows it: with a store that tells seconds, when the one of the first write is over.
+    for turn in 1..200 {
+        let new = Bytes::from(turn.to_string());
+        tag = store.compare_and_swap(&moving, Some(&tag), new).await.unwrap();
+        let last = modified(store, &moving).await;
+        assert!(last >= first, "{last:?} is before {first:?}");
+        if last > first {
+            // Reading and putting it once more do not change when it was written.
+            store.get(&still).await.unwrap();
+            store.put_new(&still, Bytes::from_static(b"still")).await.unwrap();
+            assert_eq!(modified(store, &still).await, written);
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("an object that is swapped keeps the time it had: {first:?}");
 }
 
 async fn an_object_too_long_to_read_whole_is_refused(store: &dyn Store) {

@@ -294,7 +294,7 @@ fn cancel_on_interrupt(runtime: &tokio::runtime::Runtime, progress: Arc<Progress
     told
 }
 
-fn default_author() -> String {
+pub(crate) fn default_author() -> String {
     let user =
         std::env::var("USER").or_else(|_| std::env::var("LOGNAME")).unwrap_or_else(|_| "unknown".to_owned());
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();

@@ -10,11 +10,16 @@ macro_rules! say {
 }
 
 mod cache;
+mod check;
 mod copies;
+mod gc;
 mod image;
+mod log;
 mod place;
 mod prefetch;
 mod progress;
+mod refs;
+mod repository;
 mod sync;
 mod volume;
 
@@ -61,6 +66,20 @@ enum Command {
     Status(volume::StatusCommand),
     /// Copy a repository, or one image of it, to another place: what is missing there
     Sync(sync::Sync),
+    /// The versions of an image, newest first
+    Log(log::Log),
+    /// List, make or delete branches of an image
+    Branch(refs::BranchCommand),
+    /// List, make, protect or delete tags of an image
+    Tag(refs::TagCommand),
+    /// Read every object of a version, an image or a repository, and check it
+    Verify(check::Verify),
+    /// Check that all a repository names is there, without reading the data
+    Fsck(check::Fsck),
+    /// Delete what no branch or tag leads to
+    Gc(gc::Gc),
+    /// Leave versions out of a branch's history
+    Squash(gc::Squash),
     /// Write man pages and shell completions, for packages
     #[command(hide = true)]
     Manual {
@@ -86,7 +105,19 @@ fn main() -> ExitCode {
         Command::Detach(command) => end(command.run(), volume::Error::hint),
         Command::Status(command) => end(command.run(), volume::Error::hint),
         Command::Sync(command) => end(command.run(), sync::Error::hint),
-        Command::Manual { dir } => end(horcrux::manual::write(Args::command(), &dir), |_| None),
+        Command::Log(command) => end(command.run(), repository::Error::hint),
+        Command::Branch(command) => end(command.run(), repository::Error::hint),
+        Command::Tag(command) => end(command.run(), repository::Error::hint),
+        Command::Verify(command) => end(command.run(), repository::Error::hint),
+        Command::Fsck(command) => end(command.run(), repository::Error::hint),
+        Command::Gc(command) => end(command.run(), repository::Error::hint),
+        Command::Squash(command) => end(command.run(), repository::Error::hint),
+        Command::Manual { dir } => {
+            // `git help horcrux` looks for a page of this name.
+            let git = Args::command().name("git-horcrux").bin_name("git horcrux");
+            let written = horcrux::manual::write(Args::command(), &dir);
+            end(written.and_then(|()| horcrux::manual::write_pages(git, &dir)), |_| None)
+        }
     }
 }
 

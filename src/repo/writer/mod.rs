@@ -29,8 +29,8 @@ use self::known::KnownChunks;
 use self::pipeline::{Buffers, InOrder, Job, Packer};
 use super::meta::MemMetaCache;
 use super::{
-    BranchName, BranchTip, ImageName, MapBase, MapBuilder, MetaCache, NoMetaCache, RepoError, Repository,
-    Version, VersionOptions,
+    BranchName, BranchTip, Hold, HoldOptions, ImageName, MapBase, MapBuilder, MetaCache, NoMetaCache,
+    RepoError, Repository, Version, VersionOptions,
 };
 use crate::format::{BlockSize, ChunkSize, Commit, CommitId, Filesystem, MapRoot, TableId, Timestamp};
 use crate::units::{BlockIndex, ByteLen, ChunkIndex, PAGE_SIZE};
@@ -58,6 +58,8 @@ pub struct WriterParams {
     pub level: i32,
     /// Threads that hash and compress, 1 to [`MAX_THREADS`].
     pub threads: usize,
+    /// Who writes, for whoever finds a `gc` waiting for it.
+    pub holder: String,
 }
 
 impl WriterParams {
@@ -70,6 +72,7 @@ impl WriterParams {
             chunk_size: ChunkSize::DEFAULT,
             level: DEFAULT_LEVEL,
             threads: std::thread::available_parallelism().map_or(1, |threads| threads.get()),
+            holder: format!("process {}", std::process::id()),
         }
     }
 }
@@ -152,6 +155,8 @@ pub struct ImageWriter {
     params: WriterParams,
     tip: Option<BranchTip>,
     parent: Option<Parent>,
+    /// Keeps a `gc` from what is written and relied on. `None` when it is let go of.
+    hold: Option<Hold>,
     /// `None` after an error; what it was is in `failed`.
     pipeline: Option<Pipeline>,
     failed: Option<RepoError>,
@@ -172,6 +177,26 @@ impl ImageWriter {
         params: WriterParams,
     ) -> Result<ImageWriter, RepoError> {
         check_size(params.size)?;
+        // Before anything is looked at.
+        let hold = handle.block_on(Hold::push(repo, image, HoldOptions::new(params.holder.clone())))?;
+        match ImageWriter::start(handle, repo, image, params) {
+            Ok(mut writer) => {
+                writer.hold = Some(hold);
+                Ok(writer)
+            }
+            Err(error) => {
+                handle.block_on(hold.release());
+                Err(error)
+            }
+        }
+    }
+
+    fn start(
+        handle: &Handle,
+        repo: &Repository,
+        image: &ImageName,
+        params: WriterParams,
+    ) -> Result<ImageWriter, RepoError> {
         let cache: Arc<dyn MetaCache> = Arc::new(NoMetaCache);
         let tip = handle.block_on(repo.branch(image, &params.branch))?;
         let parent = match &tip {
@@ -216,6 +241,7 @@ impl ImageWriter {
             params,
             tip,
             parent,
+            hold: None,
             pipeline: Some(pipeline),
             failed: None,
             position: 0,
@@ -353,7 +379,9 @@ impl ImageWriter {
         };
         let id = self.handle.block_on(async {
             let id = self.repo.put_commit(&self.image, &commit).await?;
-            self.repo.update_branch(&self.image, &self.params.branch, self.tip.as_ref(), id).await?;
+            if let Some(hold) = &self.hold {
+                hold.move_branch(&self.params.branch, self.tip.as_ref(), &[id]).await?;
+            }
             Ok::<_, RepoError>(id)
         })?;
         Ok(Finished { commit: id, unchanged: false, stats })
@@ -365,6 +393,9 @@ impl Drop for ImageWriter {
         // The threads end when their channels do; waited for, so that nothing is written after the caller was told it was given up.
         if let Some(pipeline) = self.pipeline.take() {
             pipeline.abort();
+        }
+        if let Some(hold) = self.hold.take() {
+            self.handle.block_on(hold.release());
         }
     }
 }

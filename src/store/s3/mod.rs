@@ -14,6 +14,7 @@ mod upload;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use aws_sdk_s3::Client;
@@ -296,7 +297,9 @@ impl Inner {
         };
         let own = |name: &str| name.strip_prefix(&self.place.prefix).map(str::to_owned);
         let objects = listed.contents().iter().filter_map(|object| {
-            Some((own(object.key()?)?, u64::try_from(object.size().unwrap_or(0)).unwrap_or(0)))
+            let len = u64::try_from(object.size().unwrap_or(0)).unwrap_or(0);
+            let modified = object.last_modified().and_then(|at| SystemTime::try_from(*at).ok());
+            Some(Listing { name: own(object.key()?)?, len, modified })
         });
         let below = listed.common_prefixes().iter().filter_map(|common| own(common.prefix()?));
         Ok(Answered {
@@ -331,8 +334,14 @@ struct Ask<'a> {
     limit: usize,
 }
 
+struct Listing {
+    name: String,
+    len: u64,
+    modified: Option<SystemTime>,
+}
+
 struct Answered {
-    objects: Vec<(String, u64)>,
+    objects: Vec<Listing>,
     below: Vec<String>,
     more: bool,
     token: Option<String>,
@@ -419,10 +428,10 @@ impl Store for S3Store {
             let answered = self.inner.page(ask).await?;
             page.more = answered.more;
             token = answered.token;
-            for (name, len) in answered.objects {
+            for Listing { name, len, modified } in answered.objects {
                 // What is no key of ours (a folder mark, a stranger's file) is no object of this store.
                 if let Ok(key) = Key::new(&name) {
-                    page.items.push(Listed { key, len });
+                    page.items.push(Listed { key, len, modified });
                 }
             }
             if page.more && token.is_none() {
@@ -450,7 +459,7 @@ impl Store for S3Store {
                 limit: LIST_MAX,
             };
             let answered = self.inner.page(ask).await?;
-            let names = answered.objects.iter().map(|(name, _)| name).chain(&answered.below);
+            let names = answered.objects.iter().map(|object| &object.name).chain(&answered.below);
             for name in names {
                 let segment = name.strip_prefix(dir.as_str()).unwrap_or_default().trim_end_matches('/');
                 if !segment.is_empty() && after.is_none_or(|after| segment > after) {
@@ -487,7 +496,7 @@ impl Store for S3Store {
         // The first names are enough, however many there are: all probes are one of them, and so may be a mark for the folder itself.
         let ask = Ask { prefix: "", after: None, token: None, delimited: true, limit: 3 };
         let answered = self.inner.page(ask).await?;
-        let names = answered.objects.into_iter().map(|(name, _)| name).chain(answered.below);
+        let names = answered.objects.into_iter().map(|object| object.name).chain(answered.below);
         let mut names = names.map(|name| name.trim_end_matches('/').to_owned());
         Ok(names.find(|name| !name.is_empty() && name != PROBES))
     }

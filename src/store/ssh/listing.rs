@@ -3,6 +3,8 @@
 //! Enters: prefixes. Leaves: objects and segments. Invariant: the order is that of the directory store (`dir.rs` walks the same way), links are not followed, and
 //! names that can't be parts of keys are not seen.
 
+use std::time::{Duration, SystemTime};
+
 use super::super::dir::LOST_FOUND;
 use super::super::{Key, KeyPrefix, Listed, Page, StoreError};
 use super::files::{At, Done, join};
@@ -14,6 +16,7 @@ struct Entry {
     name: String,
     is_dir: bool,
     len: u64,
+    modified: Option<SystemTime>,
 }
 
 impl At<'_> {
@@ -47,7 +50,9 @@ impl At<'_> {
             }
             let (is_dir, is_file) = (attrs.is_dir() == Some(true), attrs.is_file() == Some(true));
             if is_dir || is_file {
-                entries.push(Entry { name, is_dir, len: attrs.len.unwrap_or(0) });
+                let modified =
+                    attrs.modified.map(|secs| SystemTime::UNIX_EPOCH + Duration::from_secs(secs.into()));
+                entries.push(Entry { name, is_dir, len: attrs.len.unwrap_or(0), modified });
             }
         }
         Ok(entries)
@@ -79,7 +84,7 @@ impl At<'_> {
             }
         }
         entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-        for Entry { name, is_dir, len } in entries {
+        for Entry { name, is_dir, len, modified } in entries {
             if out.len() > limit {
                 break;
             }
@@ -92,7 +97,7 @@ impl At<'_> {
             // A path too long to be a key has no objects below it, and a server that makes them up without end is not followed.
             match Key::new(name.trim_end_matches('/')) {
                 Ok(_) if is_dir => self.walk(&name, prefix, after, limit, out)?,
-                Ok(key) => out.push(Listed { key, len }),
+                Ok(key) => out.push(Listed { key, len, modified }),
                 Err(_) => {}
             }
         }

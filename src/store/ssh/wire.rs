@@ -67,6 +67,8 @@ pub(super) struct Attrs {
     pub len: Option<u64>,
     /// Its type and permissions, as `st_mode` has them.
     pub mode: Option<u32>,
+    /// When its content was last changed, in seconds since 1970 by the server's clock.
+    pub modified: Option<u32>,
 }
 
 impl Attrs {
@@ -169,7 +171,9 @@ fn take_attrs(packet: &mut Bytes) -> Option<Attrs> {
         attrs.mode = Some(take_u32(packet)?);
     }
     if flags & 8 != 0 {
-        take_u64(packet)?;
+        // When it was read last, then when it was changed.
+        take_u32(packet)?;
+        attrs.modified = Some(take_u32(packet)?);
     }
     if flags & 0x8000_0000 != 0 {
         for _ in 0..take_u32(packet)? {
@@ -265,7 +269,7 @@ mod tests {
     fn answers_are_taken_apart_and_cut_ones_refused() {
         let mut names = b"\x68\0\0\0\x05\0\0\0\x01\0\0\0\x01x\0\0\0\x02ll".to_vec();
         names.extend_from_slice(b"\0\0\0\x05\0\0\0\0\0\0\0\x09\0\0\x81\xa4");
-        let attrs = Attrs { len: Some(9), mode: Some(0o100_644) };
+        let attrs = Attrs { len: Some(9), mode: Some(0o100_644), modified: None };
         let expected = Reply::Names(vec![(Bytes::from_static(b"x"), attrs)]);
         assert_eq!(reply(names.clone().into()), Some((5, expected)));
         assert_eq!((attrs.is_file(), attrs.is_dir()), (Some(true), Some(false)));
