@@ -239,9 +239,7 @@ impl Version {
     /// Neighbours in one object come by one read. Unpacking and hashing of more than `INLINE_BYTES` run on blocking threads.
     pub async fn fetch(&self, locations: &[ChunkLocation]) -> Vec<Result<VerifiedChunk, RepoError>> {
         let mut answers: Vec<Option<Result<VerifiedChunk, RepoError>>> = vec![None; locations.len()];
-        let reads = fetch::plan(locations);
-        let alone = reads.len() == 1;
-        let reads = reads.into_iter().map(|read| self.fetch_range(read, locations, alone));
+        let reads = fetch::plan(locations).into_iter().map(|read| self.fetch_range(read, locations));
         let mut reads = stream::iter(reads).buffer_unordered(PARALLEL_READS);
         while let Some(fetched) = reads.next().await {
             for (at, answer) in fetched {
@@ -255,9 +253,8 @@ impl Version {
         &self,
         read: RangeRead,
         locations: &[ChunkLocation],
-        alone: bool,
     ) -> Vec<(usize, Result<VerifiedChunk, RepoError>)> {
-        match self.read_chunks(&read, locations, alone).await {
+        match self.read_chunks(&read, locations).await {
             Ok(mut answers) => {
                 for (at, answer) in &mut answers {
                     self.read_damaged_again(&read, &locations[*at], answer).await;
@@ -270,7 +267,7 @@ impl Version {
                 for &at in &read.chunks {
                     let range = fetch::range_of(&locations[at]);
                     let alone = RangeRead { object: read.object, range, chunks: vec![at] };
-                    match self.read_chunks(&alone, locations, false).await {
+                    match self.read_chunks(&alone, locations).await {
                         Ok(answer) => answers.extend(answer),
                         Err(error) => answers.push((at, Err(error))),
                     }
@@ -292,19 +289,18 @@ impl Version {
             let Err(damage @ RepoError::Damaged { .. }) = &*answer else { return };
             tracing::warn!(%damage, "reading it again");
             let alone = RangeRead { object: read.object, range: fetch::range_of(location), chunks: vec![0] };
-            *answer = match self.read_chunks(&alone, std::slice::from_ref(location), false).await {
+            *answer = match self.read_chunks(&alone, std::slice::from_ref(location)).await {
                 Ok(mut read) => read.pop().expect("one was asked for").1,
                 Err(error) => Err(error),
             };
         }
     }
 
-    /// `alone`: nothing else of the same fetch waits for this thread.
+    /// Those of `read`; `locations` are all of the fetch.
     async fn read_chunks(
         &self,
         read: &RangeRead,
         locations: &[ChunkLocation],
-        alone: bool,
     ) -> Result<Vec<(usize, Result<VerifiedChunk, RepoError>)>, RepoError> {
         let store = self.inner.repo.store();
         let key = keys::object(&self.inner.image, &read.object);
@@ -325,8 +321,8 @@ impl Version {
             };
             wanted.into_iter().map(unpack).collect::<Vec<_>>()
         };
-        let short = read.chunks.len() * size.len() <= INLINE_BYTES;
-        let unpacked = if alone && short { unpack() } else { on_blocking_thread(&**store, unpack).await? };
+        let short = locations.len() * size.len() <= INLINE_BYTES;
+        let unpacked = if short { unpack() } else { on_blocking_thread(&**store, unpack).await? };
         let place = || store.describe();
         let name = |source| RepoError::Damaged { place: place(), key: key.clone(), source };
         Ok(unpacked.into_iter().map(|(at, answer)| (at, answer.map_err(name))).collect())
