@@ -26,6 +26,8 @@ CHUNK = 128 << 10
 DEPTH = 32
 # Random reads are measured on a line this many times as long too: there it is the line that they wait for, and not this machine's processors.
 LONGER = 5
+# What five rounds leave behind; with less, the object store has an internal error after a round or two.
+DISK = 40e9
 
 
 class Rig:
@@ -345,6 +347,9 @@ def main():
     lacking = list(parts.missing())
     if lacking:
         sys.exit("\n".join(f"cold: {line}" for line in lacking))
+    free = shutil.disk_usage(args.dir or tempfile.gettempdir()).free
+    if not args.quick and free < DISK:
+        sys.exit(f"cold: {free / 1e9:.0f} GB are free in {args.dir or tempfile.gettempdir()}, {DISK / 1e9:.0f} are needed; --dir names another place")
     # So that everything is taken down on SIGTERM too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for name in [name for name in os.environ if name.startswith("AWS_")]:
